@@ -1,0 +1,51 @@
+"""What every detector of Marina promises, whatever its architecture."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Detections(NamedTuple):
+    """The objects found in one picture.
+
+    boxes: `[N, 4]` float32, x1 y1 x2 y2 in pixels of the picture given.
+    labels: `[N]` int64, keys of `index_to_name.json`.
+    scores: `[N]` float32 in 0..1.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+class Detector(nn.Module):
+    """A network that finds candidates; threshold, suppression and limits are the handler's work.
+
+    num_classes: how many labels it answers with, `__background__` counted where it has one.
+    has_background: label 0 is the background and never appears in an answer.
+    letterbox: it takes pictures scaled and padded to a multiple of `stride`; otherwise it takes
+        pictures of any size and resizes them itself.
+    """
+
+    num_classes: int
+    has_background: bool
+    letterbox: bool
+    stride: int = 1
+
+    def candidates(self, images: Tensor, score_threshold: float) -> list[Detections]:
+        """Every candidate above `score_threshold`, before non-maximum suppression, in no set order.
+
+        images: `[B, 3, H, W]` float, RGB in 0..1. The boxes are in pixels of `H x W`.
+        An item's candidates do not depend on its neighbours in the batch.
+        """
+        raise NotImplementedError
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError for a picture of a size that the network cannot take."""
+
+    def prepare_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Bring the network into the form that `state` has been saved from, and return the entries to load."""
+        return state
+
+    def optimise(self) -> None:
+        """Rewrite the network in place for inference, after the weights are loaded. Answers stay the same."""
