@@ -18,6 +18,7 @@ DEFINITIONS = {
     "retinanet_resnet50_fpn": "model_defs.torchvision_detector",
     "retinanet_resnet50_fpn_v2": "model_defs.torchvision_detector",
     "fcos_resnet50_fpn": "model_defs.torchvision_detector",
+    "ssd300_vgg16": "model_defs.torchvision_detector",
     "ssdlite320_mobilenet_v3_large": "model_defs.torchvision_detector",
 }
 

@@ -43,6 +43,10 @@ class Detector(nn.Module):
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError for a picture of a size that the network cannot take."""
 
+    def classes_in(self, state: dict[str, Tensor]) -> int | None:
+        """How many labels the weights in `state` are for; None when they do not look like this model's."""
+        raise NotImplementedError
+
     def prepare_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Bring the network into the form that `state` has been saved from, and return the entries to load."""
         return state

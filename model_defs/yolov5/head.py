@@ -35,7 +35,7 @@ class Detect(nn.Module):
         """Start from few objects: about 8 in a 640x640 picture, each class at 0.6 / classes
         (the prior of focal loss, arXiv:1708.02002 section 3.3)."""
         for conv, stride in zip(self.m, self.strides, strict=True):
-            bias = conv.bias.view(self.anchors_per_level, self.outputs_per_anchor)
+            bias = conv.get_parameter("bias").view(self.anchors_per_level, self.outputs_per_anchor)
             bias[:, 4] += math.log(8 / (640 / stride) ** 2)
             bias[:, 5:] += math.log(0.6 / (self.num_classes - 0.99999))
 

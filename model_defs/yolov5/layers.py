@@ -31,14 +31,12 @@ class Conv(nn.Module):
         `conv.weight` and `conv.bias` only."""
         if not isinstance(self.bn, nn.BatchNorm2d):
             return
-        norm, old = self.bn, self.conv
+        norm, conv = self.bn, self.conv
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        fused = nn.Conv2d(
-            old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, device=old.weight.device
-        )
-        fused.weight.copy_(old.weight * scale[:, None, None, None])
-        fused.bias.copy_(norm.bias - norm.running_mean * scale)
-        self.conv = fused
+        conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None])
+        conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
         self.bn = nn.Identity()
 
 

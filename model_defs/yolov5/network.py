@@ -7,6 +7,7 @@ state dicts fit; `forward` wires them by hand.
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ class YOLOv5(Detector):
         for c_high, c_low in zip(pyramid[:0:-1], pyramid[-2::-1], strict=True):
             empty = (nn.Identity(), nn.Identity())  # upsampling and concatenation
             layers += [Conv(c_high, c_low), *empty, C3(2 * c_low, c_low, neck_depth, shortcut=False)]
-        for c_low, c_high in zip(pyramid[:-1], pyramid[1:], strict=True):
+        for c_low, c_high in pairwise(pyramid):
             layers += [Conv(c_low, c_low, 3, 2), nn.Identity(), C3(2 * c_low, c_high, neck_depth, shortcut=False)]
         anchors = torch.tensor(COCO_ANCHORS[variant.levels], dtype=torch.float32).view(variant.levels, -1, 2)
         layers += [Detect(num_classes, pyramid, strides, anchors / torch.tensor(strides)[:, None, None])]
@@ -142,6 +143,13 @@ class YOLOv5(Detector):
         for module in self.modules():
             if isinstance(module, Conv):
                 module.fuse()
+
+    def classes_in(self, state: dict[str, Tensor]) -> int | None:
+        head = f"model.{len(self.model) - 1}"
+        anchors, bias = state.get(f"{head}.anchors"), state.get(f"{head}.m.0.bias")
+        if anchors is None or bias is None:
+            return None
+        return len(bias) // anchors.shape[1] - 5
 
     def prepare_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if state and not any(".bn." in key for key in state):

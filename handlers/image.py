@@ -1,0 +1,103 @@
+"""Bytes of a request to an upright RGB picture.
+
+Taken: JPEG, PNG, WebP, BMP, GIF and TIFF, the first frame of each. The EXIF orientation is applied.
+Converted to 8-bit RGB: grey, bilevel and palette by value; alpha is dropped, not blended; CMYK, YCbCr and LAB
+by Pillow's plain conversion, without colour profiles; of 16 bits the upper 8 are kept. Samples of 32 bits
+and floating point have no agreed range and are refused. Sizes are checked before pixels are allocated.
+"""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from handlers.errors import ImageTooLarge, InvalidImage, UnsupportedMedia
+from handlers.settings import Limits
+
+# First bytes, and Pillow's name for the format.
+SIGNATURES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+)
+ACCEPTED = "JPEG, PNG, WebP, BMP, GIF or TIFF"
+
+
+def sniff(body: bytes) -> str | None:
+    """Pillow's name of the picture format that `body` begins like, or None."""
+    if body[:4] == b"RIFF" and body[8:12] == b"WEBP":
+        return "WEBP"
+    return next((name for signature, name in SIGNATURES if body.startswith(signature)), None)
+
+
+def decode(body: bytes, limits: Limits) -> np.ndarray:
+    """The upright picture as uint8 `[H, W, 3]`, RGB.
+
+    Raises ImageTooLarge (bytes or pixels), UnsupportedMedia (no format of ours), InvalidImage (truncated
+    or corrupt).
+    """
+    if len(body) > limits.max_bytes:
+        raise ImageTooLarge(f"the picture has {len(body)} bytes, more than the {limits.max_bytes} allowed; shrink it")
+    name = sniff(body)
+    if name is None:
+        raise UnsupportedMedia(f"the body begins with {bytes(body[:8])!r}, which is no {ACCEPTED} picture")
+    if name == "WEBP":
+        # Pillow allocates a WebP's canvas as soon as it opens it.
+        _check_pixels(*_webp_size(body), limits)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes, which are checked here, and odd metadata
+            with Image.open(io.BytesIO(body), formats=[name]) as image:
+                _check_pixels(*image.size, limits)
+                image.load()
+                return _to_rgb(_upright(image))
+    except (ImageTooLarge, UnsupportedMedia):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"the picture has more than the {limits.max_pixels} pixels allowed ({error})") from error
+    except Exception as error:  # decoders of foreign bytes raise nearly everything
+        raise InvalidImage(f"the {name} picture is truncated or corrupt ({error or type(error).__name__})") from error
+
+
+def _check_pixels(width: int, height: int, limits: Limits) -> None:
+    if width * height > limits.max_pixels:
+        raise ImageTooLarge(
+            f"the picture is {width}x{height} = {width * height} pixels, more than the {limits.max_pixels} allowed"
+        )
+
+
+def _webp_size(body: bytes) -> tuple[int, int]:
+    """Canvas width and height from a WebP's first chunk (RFC 9649)."""
+    chunk, data = body[12:16], body[20:30]
+    if chunk == b"VP8X" and len(data) >= 10:
+        return 1 + int.from_bytes(data[4:7], "little"), 1 + int.from_bytes(data[7:10], "little")
+    if chunk == b"VP8L" and len(data) >= 5:
+        bits = int.from_bytes(data[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if chunk == b"VP8 " and len(data) >= 10:
+        return int.from_bytes(data[6:8], "little") & 0x3FFF, int.from_bytes(data[8:10], "little") & 0x3FFF
+    raise InvalidImage("the WebP picture is truncated or corrupt (no VP8 chunk)")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # noqa: BLE001  # broken metadata does not spoil a good picture
+        return image
+    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "RGB":
+        return np.array(image)
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise UnsupportedMedia(f"the picture has 32-bit samples (mode {image.mode}); save it with 8 or 16 bits")
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,313 @@
+"""A loaded archive: requests in, answers out. Knows nothing of any server.
+
+    read:     row, headers -> pictures -> upright RGB -> letterboxed tensors
+    infer:    pictures of one shape share a forward pass -> candidates -> detections
+    respond:  detections -> bytes, content type, status
+
+A picture that cannot be answered carries its own error from where it arose; its neighbours go on.
+"""
+
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from handlers.boxes import select
+from handlers.errors import (
+    BadArchive,
+    BadSettings,
+    InvalidImage,
+    InvalidOption,
+    ModelFailure,
+    RequestError,
+)
+from handlers.geometry import Letterbox, clip, letterbox, plan_letterbox, unletterbox
+from handlers.golden import difference, load_golden
+from handlers.image import decode
+from handlers.labels import check_background, load_labels
+from handlers.options import Options, default_options, parse_options
+from handlers.request import Instance, read_request
+from handlers.response import Context, error_answer, json_answer, kserve_answer, render
+from handlers.settings import Settings, parse_settings
+from handlers.weights import load_state, read_safetensors
+from model_defs import Detections, Detector, build
+
+logger = logging.getLogger(__name__)
+
+# Pictures of one shape that share a forward pass, at most; bounds the memory of one request with many pictures.
+MAX_FORWARD = 16
+
+
+@dataclass
+class Item:
+    """One picture on its way. tensor: `[3, h, w]` uint8 as the network will see it."""
+
+    options: Options
+    height: int = 0
+    width: int = 0
+    pixels: np.ndarray | None = None
+    plan: Letterbox | None = None
+    tensor: Tensor | None = None
+    detections: Detections | None = None
+    error: RequestError | None = None
+    timing_ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.timing_ms[stage] = round((time.perf_counter() - start) * 1000, 3)
+
+
+@dataclass
+class Job:
+    """One request: its pictures, or the error that it came to before there were any."""
+
+    items: list[Item] = field(default_factory=list)
+    kserve: bool = False
+    error: RequestError | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    body: bytes
+    content_type: str
+    status: int = 200
+    phrase: str = "OK"
+
+
+class Pipeline:
+    """The detector of one archive with its labels and settings. Keeps nothing of a request."""
+
+    def __init__(self, settings: Settings, labels: list[str], detector: Detector, device: torch.device):
+        self.settings = settings
+        self.labels = labels
+        self.detector = detector
+        self.device = device
+        self.defaults = default_options(settings)
+
+    @classmethod
+    def load(cls, folder: Path, config: Mapping[str, Any], gpu: int | None = None) -> "Pipeline":
+        """Read an extracted archive.
+
+        config: the parsed model-config.yaml. gpu: the ordinal that the server gives this worker.
+        Raises BadSettings or BadArchive, one line that names the cause.
+        """
+        settings = parse_settings(config.get("handler"))
+        _set_threads(config)
+        device = _device(settings.device, gpu)
+        labels = load_labels(folder / settings.labels)
+        try:
+            detector = build(settings.model.definition, len(labels), **settings.model.args)
+        except ValueError as error:
+            raise BadSettings(str(error)) from error
+        check_background(labels, detector.has_background, settings.model.definition)
+        if detector.letterbox and settings.preprocess.size % detector.stride:
+            raise BadSettings(
+                f"preprocess.size is {settings.preprocess.size}, not a multiple of the model's stride {detector.stride}"
+            )
+        load_state(detector, read_safetensors(folder / settings.weights))
+        detector.requires_grad_(False).eval().optimise()
+        # TorchServe lets matrices multiply with less precision (TF32) on GPUs; fp32 means fp32 here.
+        torch.set_float32_matmul_precision("highest")
+        return cls(settings, labels, detector.to(device), device)
+
+    def check_golden(self, folder: Path) -> None:
+        """Answer the golden pictures, which also warms up. Raises BadArchive when an answer differs."""
+        for golden in self.settings.golden:
+            found = self.detect(self.golden_picture(folder, golden.image))
+            expected = load_golden(folder / golden.detections, self.labels)
+            problem = difference(expected, found, self.defaults.score_threshold)
+            if problem:
+                raise BadArchive(
+                    f"golden picture {golden.image} is not answered as when the archive was made: {problem}"
+                )
+
+    def golden_picture(self, folder: Path, name: str) -> bytes:
+        """The encoded picture. Raises BadArchive when it cannot be read."""
+        try:
+            return (folder / name).read_bytes()
+        except OSError as error:
+            raise BadArchive(f"golden picture {name} cannot be read ({error.strerror})") from error
+
+    def warm_up(self, folder: Path, batch_size: int) -> None:
+        """Run one full batch of the first golden picture, so that no client waits for first allocations."""
+        if not self.settings.golden or batch_size == 1:
+            return
+        picture = self.golden_picture(folder, self.settings.golden[0].image)
+        items = [self._item(Instance(picture, {})) for _ in range(min(batch_size, MAX_FORWARD))]
+        self._infer_items(items)
+
+    def detect(self, picture: bytes) -> Detections:
+        """The detections on one encoded picture with the recipe's options. Raises RequestError."""
+        item = self._item(Instance(picture, {}))
+        self._infer_items([item])
+        if item.error or item.detections is None:
+            raise item.error or ModelFailure("no detections")
+        return item.detections
+
+    def read(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Job:
+        """One request as far as its tensors. Raises nothing: an error goes into the job."""
+        try:
+            request = read_request(row, headers, self.settings.limits)
+        except RequestError as error:
+            return Job(error=error)
+        return Job([self._item(instance) for instance in request.instances], request.kserve)
+
+    def _item(self, instance: Instance) -> Item:
+        item = Item(self.defaults)
+        try:
+            item.options = parse_options(instance.options, self.defaults, self.labels)
+            with item.timed("decode"):
+                pixels = decode(instance.body, self.settings.limits)
+            with item.timed("preprocess"):
+                self._prepare(item, pixels)
+        except RequestError as error:
+            item.error = error
+        return item
+
+    def _prepare(self, item: Item, pixels: np.ndarray) -> None:
+        item.height, item.width = pixels.shape[:2]
+        if item.options.format == "image":
+            item.pixels = pixels
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        if not self.detector.letterbox:
+            try:
+                self.detector.check_size(item.height, item.width)
+            except ValueError as error:
+                raise InvalidImage(str(error)) from error
+            item.tensor = image
+            return
+        item.plan = plan_letterbox(item.height, item.width, self.settings.preprocess, self.detector.stride)
+        item.tensor = letterbox(image, item.plan)
+
+    def infer(self, jobs: list[Job]) -> None:
+        """Fill in the detections of every picture that has none and no error."""
+        self._infer_items([item for job in jobs for item in job.items if item.error is None])
+
+    def _infer_items(self, items: list[Item]) -> None:
+        groups: dict[tuple[int, ...], list[Item]] = defaultdict(list)
+        for item in items:
+            if item.tensor is not None:
+                groups[tuple(item.tensor.shape)].append(item)
+        for group in groups.values():
+            for start in range(0, len(group), MAX_FORWARD):
+                self._forward(group[start : start + MAX_FORWARD])
+
+    def _forward(self, items: list[Item]) -> None:
+        """Pictures of one shape through the network. If that fails, each goes alone and answers for itself."""
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                batch = torch.stack([item.tensor for item in items if item.tensor is not None])
+                images = batch.to(self.device).float().div_(255)
+                found = self.detector.candidates(images, min(item.options.score_threshold for item in items))
+                elapsed = round((time.perf_counter() - start) * 1000, 3)
+                for item, candidates in zip(items, found, strict=True):
+                    item.timing_ms["inference"] = elapsed
+                    with item.timed("postprocess"):
+                        item.detections = self._finish(item, candidates)
+        except Exception as error:  # whatever the network raises concerns this batch only
+            if len(items) > 1:
+                for item in items:
+                    self._forward([item])
+                return
+            logger.exception("the model failed on a picture of %dx%d", items[0].width, items[0].height)
+            items[0].error = ModelFailure("the model failed on this picture; the server's log has the cause")
+            items[0].error.__cause__ = error
+        finally:
+            for item in items:
+                item.tensor = None
+
+    def _finish(self, item: Item, candidates: Detections) -> Detections:
+        boxes, labels, scores = (part.cpu() for part in select(candidates, item.options))
+        if item.plan is not None:
+            boxes = unletterbox(boxes, item.plan)
+        return Detections(clip(boxes, item.height, item.width), labels, scores)
+
+    def respond(self, job: Job) -> Answer:
+        """The bytes of one request's answer."""
+        try:
+            if job.error:
+                raise job.error
+            if job.kserve:
+                return Answer(*kserve_answer([self._kserve_prediction(i, item) for i, item in enumerate(job.items)]))
+            (item,) = job.items
+            detections, context = self._result(item)
+            return Answer(*render(detections, item.options.format, context, item.pixels))
+        except RequestError as error:
+            return Answer(*error_answer(error), error.status, error.phrase)
+
+    def _kserve_prediction(self, index: int, item: Item) -> Any:
+        if item.options.format in ("yolo", "image"):
+            raise InvalidOption(
+                f"format {item.options.format} is no JSON; for instances use torchserve, detections or coco"
+            )
+        try:
+            detections, context = self._result(item)
+        except RequestError as error:
+            raise type(error)(f"instances[{index}]: {error}") from error
+        return json_answer(detections, item.options.format, context)
+
+    def _result(self, item: Item) -> tuple[Detections, Context]:
+        if item.error:
+            raise item.error
+        assert item.detections is not None
+        settings = self.settings
+        context = Context(settings.name, settings.version, self.labels, item.height, item.width, item.timing_ms)
+        return item.detections, context
+
+    def describe(self) -> dict[str, Any]:
+        """What this model is, for TorchServe's customised description."""
+        settings = self.settings
+        return {
+            "name": settings.name,
+            "version": settings.version,
+            "definition": settings.model.definition,
+            "labels": self.labels,
+            "postprocess": vars(settings.postprocess),
+            "response": vars(settings.response),
+            "device": str(self.device),
+        }
+
+
+def load_checked(folder: Path, config: Mapping[str, Any], gpu: int | None = None) -> Pipeline:
+    """Load an extracted archive for serving: golden pictures checked, batches warmed up.
+
+    Raises MarinaError with one line.
+    """
+    pipeline = Pipeline.load(folder, config, gpu)
+    try:
+        pipeline.check_golden(folder)
+        pipeline.warm_up(folder, int(config.get("batchSize", 1)))
+    except RequestError as error:
+        raise BadArchive(f"a golden picture cannot be answered: {error}") from error
+    return pipeline
+
+
+def _set_threads(config: Mapping[str, Any]) -> None:
+    """Cores divided by workers: TorchServe starts as many workers as there are cores, and torch as many
+    threads in each, which then wait for each other."""
+    cores = len(os.sched_getaffinity(0))
+    workers = config.get("maxWorkers", cores)
+    torch.set_num_threads(max(1, cores // max(1, workers)))
+
+
+def _device(wanted: str, gpu: int | None) -> torch.device:
+    available = torch.cuda.is_available()
+    if wanted == "gpu" and not available:
+        raise BadSettings(
+            "device is gpu, but torch finds no usable CUDA device; check the driver, or build with device: auto"
+        )
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", gpu or 0)

@@ -1,0 +1,173 @@
+"""The settings of an archive, read once from its model-config.yaml.
+
+An unknown key, a missing one, a wrong type or a value out of range is an error, never ignored. The
+same classes describe the recipe that the archive is built from.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from handlers.errors import BadSettings
+
+FORMATS = ("torchserve", "detections", "coco", "yolo", "image")
+Format = Literal["torchserve", "detections", "coco", "yolo", "image"]
+
+# How pydantic reads these classes when a recipe is parsed.
+STRICT = {"extra": "forbid", "strict": True}
+
+# More detections than this cannot be asked for: with the longest labels the answer still fits
+# TorchServe's limit on an answer, beyond which it kills the worker.
+MAX_DETECTIONS = 1000
+MAX_LABEL_LENGTH = 256
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}, outside of {low} to {high}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which network: a key of `model_defs.DEFINITIONS` and the arguments of its builder."""
+
+    __pydantic_config__ = STRICT
+    definition: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture is scaled and padded, for the models that do not resize it themselves.
+
+    size: pixels of the longer side. shape: `rect` pads to the smallest stride multiple that holds the
+    picture, `square` to size x size.
+    """
+
+    __pydantic_config__ = STRICT
+    size: int = 640
+    shape: Literal["rect", "square"] = "rect"
+
+    def __post_init__(self) -> None:
+        _check_range("size", self.size, 32, 8192)
+
+
+@dataclass(frozen=True)
+class Postprocess:
+    """Which candidates become detections: score above `score_threshold`, no overlap above
+    `iou_threshold` with a better one of the same class (of any class if `class_agnostic`)."""
+
+    __pydantic_config__ = STRICT
+    score_threshold: float = 0.25
+    iou_threshold: float = 0.45
+    max_detections: int = 300
+    class_agnostic: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range("score_threshold", self.score_threshold, 0, 1)
+        _check_range("iou_threshold", self.iou_threshold, 0, 1)
+        _check_range("max_detections", self.max_detections, 1, MAX_DETECTIONS)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest picture taken: encoded bytes, and width x height."""
+
+    __pydantic_config__ = STRICT
+    max_bytes: int = 20_000_000
+    max_pixels: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        _check_range("max_bytes", self.max_bytes, 1, 1_000_000_000)
+        _check_range("max_pixels", self.max_pixels, 1, 1_000_000_000)
+
+
+@dataclass(frozen=True)
+class Response:
+    """The answer's format where a request asks for none."""
+
+    __pydantic_config__ = STRICT
+    format: Format = "torchserve"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What executes the network."""
+
+    __pydantic_config__ = STRICT
+    backend: Literal["torch"] = "torch"
+    precision: Literal["fp32"] = "fp32"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A picture and the answer that the archive must give on it."""
+
+    __pydantic_config__ = STRICT
+    image: str
+    detections: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the handler knows; file names are relative to the archive."""
+
+    name: str
+    version: str
+    model: Model
+    weights: str
+    labels: str
+    preprocess: Preprocess
+    postprocess: Postprocess
+    limits: Limits
+    response: Response
+    runtime: Runtime
+    device: Literal["auto", "cpu", "gpu"]
+    golden: tuple[Golden, ...]
+
+
+def parse_settings(section: Any) -> Settings:
+    """The `handler` section of a model-config.yaml. Raises BadSettings, naming the key."""
+    if not isinstance(section, Mapping):
+        raise BadSettings("model-config.yaml has no `handler` section; build the archive with `marina archive build`")
+    return _parse(Settings, section, "handler")
+
+
+def _parse(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise BadSettings(f"{where}: {value!r} is not a mapping of settings")
+    known = {f.name: f for f in fields(kind)}
+    for key in value:
+        if key not in known:
+            raise BadSettings(f"{where}.{key}: unknown setting; known here: {', '.join(known)}")
+    hints = get_type_hints(kind)
+    arguments = {}
+    for name, declared in known.items():
+        if name in value:
+            arguments[name] = _convert(hints[name], value[name], f"{where}.{name}")
+        elif declared.default is MISSING and declared.default_factory is MISSING:
+            raise BadSettings(f"{where}.{name}: missing")
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise BadSettings(f"{where}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _parse(hint, value, where)
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise BadSettings(f"{where}: {value!r} is not one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise BadSettings(f"{where}: {value!r} is not a list")
+        return tuple(_convert(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    expected = dict if origin is dict else hint
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise BadSettings(f"{where}: {value!r} is {type(value).__name__}, not {expected.__name__}")
+    return value

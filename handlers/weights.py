@@ -1,0 +1,110 @@
+"""Weights of an archive: the safetensors file, and how it gets into a network.
+
+Written here, in the few lines that reading takes, because a stock TorchServe has no safetensors package.
+Format: 8 bytes little-endian length, a JSON header of dtype, shape and offsets, then the raw tensors
+(https://github.com/huggingface/safetensors, README, "Format").
+"""
+
+import json
+import mmap
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from handlers.errors import BadArchive
+from model_defs.contract import Detector
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+SHOWN = 3  # names of keys in a message
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of the file, mapped into memory copy-on-write: workers share what they do not change.
+
+    Raises BadArchive when the file is missing, cut short or inconsistent.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise BadArchive(f"weights {path.name}: no safetensors file ({size} bytes, header of {length})")
+            header = json.loads(file.read(length))
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise BadArchive(f"weights {path.name} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise BadArchive(f"weights {path.name}: the header is no JSON ({error})") from error
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if not 0 <= begin <= end <= size - 8 - length or end - begin != prod(shape) * dtype.itemsize:
+                raise ValueError(f"{shape} of {dtype} does not fit bytes {begin} to {end}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadArchive(f"weights {path.name}: tensor {name!r} is inconsistent ({error!r})") from error
+        count = prod(shape)
+        flat = (
+            torch.frombuffer(buffer, dtype=dtype, count=count, offset=8 + length + begin)
+            if count
+            else torch.empty(0, dtype=dtype)
+        )
+        tensors[name] = flat.view(shape)
+    return tensors
+
+
+def load_state(detector: Detector, state: dict[str, Tensor]) -> None:
+    """Put `state` into the network, every key and shape accounted for; floats become float32.
+
+    Raises BadArchive naming the first keys that are missing, left over or of another shape.
+    """
+    classes = detector.classes_in(state)
+    if classes is not None and classes != detector.num_classes:
+        background = " (background counted)" if detector.has_background else ""
+        raise BadArchive(
+            f"the weights are for {classes} classes{background}, but the labels name {detector.num_classes};"
+            " give index_to_name.json exactly one name a class"
+        )
+    state = detector.prepare_state(dict(state))
+    expected = detector.state_dict()
+    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
+    surplus = [name for name in state if name not in expected and not name.endswith("num_batches_tracked")]
+    reshaped = [
+        f"{name} {list(state[name].shape)} for {list(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+        for what, names in (("missing", missing), ("left over", surplus), ("of another shape", reshaped))
+        if names
+    ]
+    if problems:
+        raise BadArchive(
+            f"the weights do not fit the model: {'; '.join(problems)}; check model.definition and model.args"
+        )
+    loaded = {
+        name: state[name].float() if state[name].is_floating_point() else state[name]
+        for name in expected
+        if name in state
+    }
+    # What only training counts may be absent from weights that were saved frozen.
+    loaded |= {
+        name: torch.zeros(expected[name].shape, dtype=expected[name].dtype) for name in expected if name not in loaded
+    }
+    detector.load_state_dict(loaded, assign=True)

@@ -1,0 +1,106 @@
+"""torchvision's detectors under the contract: Faster R-CNN, RetinaNet, FCOS, SSD.
+
+torchvision does resizing, normalisation, forward pass and box decoding as ever; its own threshold,
+suppression and limit are opened, so that every request can have its own.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torchvision.models import detection
+
+from model_defs.contract import Detections, Detector
+
+
+class Family(NamedTuple):
+    """Where a model keeps what the adapter needs.
+
+    class_key: the state dict entry whose first dimension is classes x `class_factor`.
+    post: the submodule with torchvision's thresholds ("" for the model itself).
+    """
+
+    class_key: str
+    class_factor: int
+    post: str = ""
+
+
+FASTER_RCNN = Family("roi_heads.box_predictor.cls_score.bias", 1, "roi_heads")
+RETINANET = Family("head.classification_head.cls_logits.bias", 9)  # anchors a cell
+FCOS = Family("head.classification_head.cls_logits.bias", 1)
+SSD300 = Family("head.classification_head.module_list.0.bias", 4)  # anchors a cell of the first level
+SSDLITE = Family("head.classification_head.module_list.0.1.bias", 6)  # anchors a cell
+
+FAMILIES = {
+    "fasterrcnn_resnet50_fpn": FASTER_RCNN,
+    "fasterrcnn_resnet50_fpn_v2": FASTER_RCNN,
+    "fasterrcnn_mobilenet_v3_large_fpn": FASTER_RCNN,
+    "fasterrcnn_mobilenet_v3_large_320_fpn": FASTER_RCNN,
+    "retinanet_resnet50_fpn": RETINANET,
+    "retinanet_resnet50_fpn_v2": RETINANET,
+    "fcos_resnet50_fpn": FCOS,
+    "ssd300_vgg16": SSD300,
+    "ssdlite320_mobilenet_v3_large": SSDLITE,
+}
+NO_LIMIT = 2**31 - 1
+
+
+class TorchvisionDetector(Detector):
+    """One of torchvision's detectors; label 0 is the background, as torchvision counts."""
+
+    has_background = True
+    letterbox = False
+
+    def __init__(self, definition: str, num_classes: int, batch_norm_eps: float | None, arguments: dict[str, Any]):
+        super().__init__()
+        self.num_classes = num_classes
+        self._family = FAMILIES[definition]
+        self.model = getattr(detection, definition)(
+            weights=None, weights_backbone=None, num_classes=num_classes, **arguments
+        )
+        if batch_norm_eps is not None:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eps = batch_norm_eps
+        post = self.model.get_submodule(self._family.post)
+        # An IoU is never above 1: nothing is suppressed before the handler does it.
+        post.nms_thresh, post.detections_per_img = 1.0, NO_LIMIT
+        self._post = [post]  # in a list, so that it does not become a submodule twice
+
+    def candidates(self, images: Tensor, score_threshold: float) -> list[Detections]:
+        self._post[0].score_thresh = score_threshold
+        return [Detections(found["boxes"], found["labels"], found["scores"]) for found in self.model(list(images))]
+
+    def check_size(self, height: int, width: int) -> None:
+        transform = self.model.transform
+        if transform.fixed_size is not None:
+            return
+        scale = min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width))
+        if min(height, width) * scale < 1:
+            raise ValueError(
+                f"a picture of {width}x{height} pixels is less than one pixel thin once its longer side"
+                f" is {transform.max_size}; crop it"
+            )
+
+    def classes_in(self, state: dict[str, Tensor]) -> int | None:
+        weights = state.get(self._family.class_key)
+        return None if weights is None else len(weights) // self._family.class_factor
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Under torchvision's own keys."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Under torchvision's own keys."""
+        return self.model.load_state_dict(state_dict, strict, assign)
+
+
+def build(
+    definition: str, num_classes: int, batch_norm_eps: float | None = None, **arguments: Any
+) -> TorchvisionDetector:
+    """The detector without weights; nothing is downloaded.
+
+    batch_norm_eps: 0.0 for torchvision's own COCO_V1 weights of fasterrcnn_resnet50_fpn and
+        retinanet_resnet50_fpn, which were trained so; otherwise torchvision's default.
+    arguments: torchvision's own, such as min_size and max_size.
+    """
+    return TorchvisionDetector(definition, num_classes, batch_norm_eps, arguments)

@@ -1,0 +1,1 @@
+"""Model archives: built from a recipe, looked into, verified, compared."""
