@@ -59,10 +59,15 @@ def letterbox(image: Tensor, plan: Letterbox) -> Tensor:
 
 
 def unletterbox(boxes: Tensor, plan: Letterbox) -> Tensor:
-    """`[N, 4]` xyxy in canvas pixels to xyxy in pixels of the picture."""
-    offset = boxes.new_tensor([plan.left, plan.top] * 2)
-    scale = boxes.new_tensor([plan.width / plan.content_width, plan.height / plan.content_height] * 2)
-    return (boxes - offset) * scale
+    """`[N, 4]` xyxy in canvas pixels to xyxy in pixels of the picture.
+
+    The scale before rounding, and padding counted in half pixels: up to half a canvas pixel beside where
+    the content truly lies, but the very numbers that YOLOv5's own programs give.
+    """
+    scale = max(plan.content_height, plan.content_width) / max(plan.height, plan.width)
+    left = (plan.canvas_width - plan.width * scale) / 2
+    top = (plan.canvas_height - plan.height * scale) / 2
+    return (boxes - boxes.new_tensor([left, top] * 2)) / scale
 
 
 def clip(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -9,6 +9,7 @@ A picture that cannot be answered carries its own error from where it arose; its
 
 import logging
 import os
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor
 
 from handlers.boxes import select
@@ -39,7 +41,8 @@ from handlers.request import Instance, read_request
 from handlers.response import Context, error_answer, json_answer, kserve_answer, render
 from handlers.settings import Settings, parse_settings
 from handlers.weights import load_state, read_safetensors
-from model_defs import Detections, Detector, build
+from model_defs import build
+from model_defs.contract import Detections, Detector
 
 logger = logging.getLogger(__name__)
 
@@ -121,16 +124,26 @@ class Pipeline:
         torch.set_float32_matmul_precision("highest")
         return cls(settings, labels, detector.to(device), device)
 
-    def check_golden(self, folder: Path) -> None:
-        """Answer the golden pictures, which also warms up. Raises BadArchive when an answer differs."""
+    def check_golden(self, folder: Path, record: bool = False) -> list[dict[str, Any]]:
+        """Answer the golden pictures, which also warms up; the answers come back as format `detections`.
+
+        Raises BadArchive when an answer differs from the stored one. record: a picture may be without one yet.
+        """
+        answers = []
         for golden in self.settings.golden:
-            found = self.detect(self.golden_picture(folder, golden.image))
-            expected = load_golden(folder / golden.detections, self.labels)
-            problem = difference(expected, found, self.defaults.score_threshold)
-            if problem:
-                raise BadArchive(
-                    f"golden picture {golden.image} is not answered as when the archive was made: {problem}"
-                )
+            item = self._item(Instance(self.golden_picture(folder, golden.image), {}))
+            self._infer_items([item])
+            try:
+                found, context = self._result(item)
+            except RequestError as error:
+                raise BadArchive(f"golden picture {golden.image} cannot be answered: {error}") from error
+            if not record or (folder / golden.detections).exists():
+                expected = load_golden(folder / golden.detections, self.labels)
+                problem = difference(expected, found, self.defaults.score_threshold)
+                if problem:
+                    raise BadArchive(f"golden picture {golden.image} gets another answer than it has to: {problem}")
+            answers.append(json_answer(found, "detections", context._replace(timing_ms={})))
+        return answers
 
     def golden_picture(self, folder: Path, name: str) -> bytes:
         """The encoded picture. Raises BadArchive when it cannot be read."""
@@ -146,14 +159,6 @@ class Pipeline:
         picture = self.golden_picture(folder, self.settings.golden[0].image)
         items = [self._item(Instance(picture, {})) for _ in range(min(batch_size, MAX_FORWARD))]
         self._infer_items(items)
-
-    def detect(self, picture: bytes) -> Detections:
-        """The detections on one encoded picture with the recipe's options. Raises RequestError."""
-        item = self._item(Instance(picture, {}))
-        self._infer_items([item])
-        if item.error or item.detections is None:
-            raise item.error or ModelFailure("no detections")
-        return item.detections
 
     def read(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Job:
         """One request as far as its tensors. Raises nothing: an error goes into the job."""
@@ -283,15 +288,22 @@ class Pipeline:
 def load_checked(folder: Path, config: Mapping[str, Any], gpu: int | None = None) -> Pipeline:
     """Load an extracted archive for serving: golden pictures checked, batches warmed up.
 
-    Raises MarinaError with one line.
+    Raises BadSettings or BadArchive, one line that names the cause.
     """
     pipeline = Pipeline.load(folder, config, gpu)
-    try:
-        pipeline.check_golden(folder)
-        pipeline.warm_up(folder, int(config.get("batchSize", 1)))
-    except RequestError as error:
-        raise BadArchive(f"a golden picture cannot be answered: {error}") from error
+    pipeline.check_golden(folder)
+    pipeline.warm_up(folder, int(config.get("batchSize", 1)))
     return pipeline
+
+
+def dry_run(folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Load an extracted archive without serving it; what the build records about it.
+
+    Raises BadSettings or BadArchive, one line that names the cause.
+    """
+    answers = Pipeline.load(Path(folder), config).check_golden(Path(folder), record=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {"answers": answers, "versions": versions}
 
 
 def _set_threads(config: Mapping[str, Any]) -> None:

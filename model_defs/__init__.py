@@ -1,11 +1,17 @@
-"""Detector models: one contract, one way to build them. Building never downloads anything."""
+"""Detector models: one contract, one way to build them. Building never downloads anything.
+
+Importing this package does not import torch; building a model does.
+"""
+
+from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from model_defs.contract import Detections, Detector
+if TYPE_CHECKING:
+    from model_defs.contract import Detector
 
-__all__ = ["DEFINITIONS", "Detections", "Detector", "build"]
+__all__ = ["DEFINITIONS", "build"]
 
 # Which module builds which definition. A module is imported when its definition is asked for, so that
 # an archive needs to hold only its own.

@@ -52,6 +52,10 @@ class Archive:
         """The entries in the order in which they stand."""
         return list(self._entries)
 
+    def infos(self) -> list[zipfile.ZipInfo]:
+        """The zip headers of the entries, in the order in which they stand."""
+        return list(self._entries.values())
+
     def size(self, name: str) -> int:
         return self._entries[name].file_size
 

@@ -1,0 +1,224 @@
+"""Recipe to archive.
+
+recipe -> code, settings, labels, pictures -> draft .mar -> extracted -> clean process: golden answers
+          weights, checked -> safetensors --/                         -> provenance -> verified -> renamed
+"""
+
+import json
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handlers.errors import BadSettings
+from handlers.labels import load_labels
+from handlers.settings import Golden, Settings
+from model_defs import DEFINITIONS
+from tools.archive.closure import SOURCE, modules_for
+from tools.archive.dryload import CleanProcess, DryLoad
+from tools.archive.reader import MANIFEST, PROVENANCE, open_archive
+from tools.archive.recipe import Recipe
+from tools.archive.sources import find_weights, sha256_of
+from tools.archive.verify import check_entries
+from tools.archive.writer import ArchiveWriter, timestamp, write_archive
+from tools.checkpoint import Checkpoint, open_checkpoint, write_safetensors
+
+WEIGHTS = "model.safetensors"
+LABELS = "index_to_name.json"
+CONFIG = "model-config.yaml"
+HANDLER = "detection_handler.py"
+# Seconds for a worker to load, check its golden pictures and warm up; failures end it at once.
+STARTUP_TIMEOUT = 300
+# Recorded answers are about as coarse as they are compared, so that a recipe gives the same bytes again.
+BOX_DIGITS = 1
+SCORE_DIGITS = 3
+
+
+@dataclass(frozen=True)
+class Built:
+    """path: the archive. size: its bytes. answers: what it finds on its golden pictures. notes: for a person."""
+
+    path: Path
+    size: int
+    answers: list[dict[str, Any]]
+    notes: list[str]
+
+
+def build_archive(recipe: Recipe, output: Path, weights: Path | None = None) -> Built:
+    """Build and verify the archive of a recipe; `output` is replaced at the very end, or not touched at all.
+
+    weights: the file to take instead of the recipe's. Raises BadSettings, BadArchive or ToolError with one line.
+    """
+    labels = _check(recipe)
+    settings = _settings(recipe)
+    config = model_config(recipe, settings)
+    source = find_weights(recipe, weights)
+    modules = {name: path.read_bytes() for name, path in modules_for(recipe.model.definition).items()}
+    digests: dict[str, dict[str, int | str]] = {}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="marina-") as scratch,
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside,
+        open_checkpoint(source) as checkpoint,
+    ):
+        folder, draft = Path(scratch), Path(beside) / output.name
+        for name, code in modules.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(code)
+        with CleanProcess(folder) as process:
+            notes = _check_weights(recipe, checkpoint, labels)
+            with write_archive(draft, digests) as writer:
+                _add_parts(writer, recipe, settings, config, modules)
+                with writer.open(WEIGHTS) as sink:
+                    write_safetensors(sink, checkpoint.tensors, checkpoint.metadata)
+            with open_archive(draft) as archive:
+                archive.extract(folder)
+            dry = process.run(config)
+        with write_archive(draft, digests) as writer:
+            for golden, answer in zip(settings.golden, dry.answers, strict=True):
+                if golden.detections not in digests:
+                    writer.add(golden.detections, _json(_coarse(answer)))
+            writer.add(PROVENANCE, _json(_provenance(recipe, source, checkpoint, dry, digests)))
+        check_entries(draft)
+        draft.replace(output)
+    return Built(output, output.stat().st_size, dry.answers, notes)
+
+
+def _check(recipe: Recipe) -> list[str]:
+    """What can be known before anything is written; the labels come back."""
+    if recipe.model.definition not in DEFINITIONS:
+        raise BadSettings(
+            f"model.definition is {recipe.model.definition!r}; known definitions: {', '.join(DEFINITIONS)}"
+        )
+    labels = load_labels(recipe.beside(recipe.labels))
+    if recipe.response.format == "torchserve" and "score" in labels:
+        raise BadSettings("a class named 'score' cannot be told from the score in format torchserve; rename one")
+    stems = Counter(Path(golden.image).stem for golden in recipe.golden)
+    twice = [stem for stem, count in stems.items() if count > 1]
+    if twice:
+        raise BadSettings(f"two golden pictures are named {twice[0]!r}; rename one")
+    return labels
+
+
+def _check_weights(recipe: Recipe, checkpoint: Checkpoint, labels: list[str]) -> list[str]:
+    wanted = recipe.model.args.get("size")
+    if recipe.model.definition == "yolov5" and checkpoint.size and wanted and checkpoint.size != wanted:
+        raise BadSettings(f"model.args.size is {wanted!r}, but the weights are of YOLOv5{checkpoint.size}; correct one")
+    if checkpoint.names and checkpoint.names != labels and len(checkpoint.names) == len(labels):
+        index = next(i for i, name in enumerate(labels) if name != checkpoint.names[i])
+        return [f"label {index} is {labels[index]!r}; the weights call it {checkpoint.names[index]!r}"]
+    return []
+
+
+def _settings(recipe: Recipe) -> Settings:
+    return Settings(
+        name=recipe.name,
+        version=recipe.version,
+        model=recipe.model,
+        weights=WEIGHTS,
+        labels=LABELS,
+        preprocess=recipe.preprocess,
+        postprocess=recipe.postprocess,
+        limits=recipe.limits,
+        response=recipe.response,
+        runtime=recipe.runtime,
+        device=recipe.serving.device,
+        golden=tuple(
+            Golden(f"golden/{Path(golden.image).name}", f"golden/{Path(golden.image).stem}.json")
+            for golden in recipe.golden
+        ),
+    )
+
+
+def model_config(recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    """The content of model-config.yaml: TorchServe's serving keys, and our settings, which it ignores."""
+    serving = recipe.serving
+    config: dict[str, Any] = {
+        "minWorkers": serving.min_workers,
+        "maxWorkers": serving.max_workers,
+        "batchSize": serving.batch_size,
+        "maxBatchDelay": serving.max_batch_delay_ms,
+        "responseTimeout": serving.response_timeout_s,
+        "startupTimeout": STARTUP_TIMEOUT,
+    }
+    if serving.device != "auto":
+        config["deviceType"] = serving.device
+    # By way of JSON: YAML has no tuples.
+    return config | {"handler": json.loads(json.dumps(asdict(settings)))}
+
+
+def _add_parts(
+    writer: ArchiveWriter, recipe: Recipe, settings: Settings, config: dict[str, Any], modules: Mapping[str, bytes]
+) -> None:
+    """Everything that is known before the archive has run, the weights apart."""
+    parts = dict(modules)
+    parts[MANIFEST] = _json(_manifest(recipe))
+    parts[CONFIG] = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+    parts[LABELS] = recipe.beside(recipe.labels).read_bytes()
+    for golden, packed in zip(recipe.golden, settings.golden, strict=True):
+        parts[packed.image] = recipe.beside(golden.image).read_bytes()
+        if golden.detections:
+            parts[packed.detections] = recipe.beside(golden.detections).read_bytes()
+    for name in sorted(parts):
+        writer.add(name, parts[name])
+
+
+def _manifest(recipe: Recipe) -> dict[str, Any]:
+    year, month, day, hour, minute, second = timestamp()
+    return {
+        "createdOn": f"{day:02}/{month:02}/{year} {hour:02}:{minute:02}:{second:02}",
+        "runtime": "python",
+        "model": {
+            "modelName": recipe.name,
+            "modelVersion": recipe.version,
+            "handler": HANDLER,
+            "serializedFile": WEIGHTS,
+            "configFile": CONFIG,
+        },
+        "archiverVersion": f"marina {metadata.version('marina')}",
+    }
+
+
+def _provenance(
+    recipe: Recipe, source: Path, checkpoint: Checkpoint, dry: DryLoad, digests: Mapping[str, Mapping[str, int | str]]
+) -> dict[str, Any]:
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "weights": {
+            "file": source.name,
+            "sha256": sha256_of(source),
+            "kind": checkpoint.kind,
+            "parameters": sum(tensor.numel for tensor in checkpoint.tensors.values()),
+        },
+        "marina": {"version": metadata.version("marina"), "revision": _revision()},
+        "verified_with": dry.versions,
+        "entries": {name: digests[name] for name in sorted(digests)},
+    }
+
+
+def _revision() -> str | None:
+    """The commit of Marina's source, when it runs from a checkout; marked where the source was changed since."""
+    command = ["git", "-C", str(SOURCE), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _coarse(answer: dict[str, Any]) -> dict[str, Any]:
+    detections = [
+        found | {"score": round(found["score"], SCORE_DIGITS), "box": [round(v, BOX_DIGITS) for v in found["box"]]}
+        for found in answer["detections"]
+    ]
+    return {"width": answer["width"], "height": answer["height"], "detections": detections}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

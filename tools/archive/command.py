@@ -1,0 +1,74 @@
+"""marina archive build | inspect | verify | diff"""
+
+import argparse
+import json
+from pathlib import Path
+
+DEFAULT_STORE = Path("model-store")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    build = actions.add_parser("build", help="recipe to verified .mar")
+    build.add_argument("recipe", type=Path, help="an archive.yaml, or its folder")
+    build.add_argument("--weights", type=Path, metavar="FILE", help="weights that lie elsewhere than the recipe says")
+    build.add_argument(
+        "--output", type=Path, metavar="FILE.mar", help=f"where to write it (default {DEFAULT_STORE}/NAME.mar)"
+    )
+
+    inspect = actions.add_parser("inspect", help="what is inside; runs nothing of it")
+    inspect.add_argument("archive", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    verify = actions.add_parser("verify", help="check names, checksums and golden answers again")
+    verify.add_argument("archive", type=Path)
+
+    diff = actions.add_parser("diff", help="two archives in the terms of the recipe; exits 1 when they differ")
+    diff.add_argument("old", type=Path)
+    diff.add_argument("new", type=Path)
+
+
+def run(args: argparse.Namespace) -> int:
+    return {"build": _build, "inspect": _inspect, "verify": _verify, "diff": _diff}[args.action](args)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from tools.archive.build import build_archive
+    from tools.archive.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe)
+    output = args.output or DEFAULT_STORE / f"{recipe.name}.mar"
+    built = build_archive(recipe, output, args.weights)
+    for note in built.notes:
+        print(f"note: {note}")
+    found = sum(len(answer["detections"]) for answer in built.answers)
+    print(f"{built.path}: {built.size:,} bytes; {len(built.answers)} golden pictures answered, {found} detections")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from tools.archive.inspect import as_table, inspect_archive
+
+    report = inspect_archive(args.archive)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else as_table(report))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from tools.archive.verify import verify_archive
+
+    report = verify_archive(args.archive)
+    for line in report.known:
+        print(f"ok       {line}")
+    for line in report.unknown:
+        print(f"unknown  {line}")
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from tools.archive.diff import diff_archives
+
+    lines = diff_archives(args.old, args.new)
+    print("\n".join(lines) if lines else "the archives say the same")
+    return 1 if lines else 0

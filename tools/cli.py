@@ -1,0 +1,45 @@
+"""The `marina` command."""
+
+import argparse
+import sys
+from importlib import import_module
+
+from handlers.errors import MarinaError
+
+# A command is imported when it is called, so that the others cost nothing.
+COMMANDS = {
+    "import-checkpoint": ("tools.checkpoint.command", "a checkpoint to safetensors, without running it"),
+    "archive": ("tools.archive.command", "build, inspect, verify and diff .mar files"),
+    "serve": ("tools.serve.command", "run TorchServe on a model store"),
+    "smoke": ("tools.smoke.command", "ask a running server for health, an answer and a refusal"),
+    "doctor": ("tools.doctor.command", "what this machine lacks, and how to mend it"),
+    "bench": ("tools.bench.command", "measure the handler and the build"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 well, 1 with one line on stderr, 2 for wrong usage, 130 when interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="marina", description="Detection models, packed and served.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    called = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, (module, help_line) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help_line)
+        if name == called:
+            import_module(module).add_arguments(sub)
+    args = parser.parse_args(arguments)
+    try:
+        return import_module(COMMANDS[args.command][0]).run(args)
+    except MarinaError as error:
+        print(f"marina: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; keep Python from complaining when it closes the stream.
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
