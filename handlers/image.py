@@ -10,7 +10,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from handlers.errors import ImageTooLarge, InvalidImage, UnsupportedMedia
 from handlers.settings import Limits
@@ -26,6 +26,18 @@ SIGNATURES = (
     (b"MM\0*", "TIFF"),
 )
 ACCEPTED = "JPEG, PNG, WebP, BMP, GIF or TIFF"
+
+# What turns a picture of each EXIF orientation upright (EXIF 2.32, tag 0x0112).
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def sniff(body: bytes) -> str | None:
@@ -85,11 +97,12 @@ def _webp_size(body: bytes) -> tuple[int, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # Pillow's own `exif_transpose` also writes the rest of the metadata anew, and fails where that is broken.
     try:
-        orientation = image.getexif().get(0x0112, 1)
+        method = UPRIGHT.get(image.getexif().get(ORIENTATION))
     except Exception:  # noqa: BLE001  # broken metadata does not spoil a good picture
         return image
-    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -13,7 +13,7 @@ def load_labels(path: Path) -> list[str]:
     """The names in the order of their indices.
 
     The file maps "0", "1", ... to names. Raises BadSettings for a missing file, a gap, a name that
-    is empty, too long or there twice (two classes of one name cannot be told apart in an answer).
+    is empty, too long, not printable or there twice (two classes of one name cannot be told apart in an answer).
     """
     try:
         mapping = json.loads(path.read_text(encoding="utf-8"))
@@ -33,9 +33,10 @@ def load_labels(path: Path) -> list[str]:
     labels: list[str] = []
     for index in range(len(mapping)):
         name = mapping[str(index)]
-        if not isinstance(name, str) or not name.strip() or len(name) > MAX_LABEL_LENGTH:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > MAX_LABEL_LENGTH:
             raise BadSettings(
-                f"labels file {path}: index {index} is named {name!r}; a name is 1 to {MAX_LABEL_LENGTH} characters"
+                f"labels file {path}: index {index} is named {name!r}; a name is 1 to {MAX_LABEL_LENGTH}"
+                " printable characters"
             )
         if name in labels:
             raise BadSettings(

@@ -1,5 +1,6 @@
 """What one request may ask for, by header, field, member or query parameter alike."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ def parse_options(given: Mapping[str, Any], defaults: Options, labels: Sequence[
         if isinstance(value, bytes | bytearray):
             value = value.decode("utf-8", errors="replace")
         if name not in ALLOWED:
-            raise InvalidOption(f"unknown option {name!r}; known: {', '.join(ALLOWED)}")
+            raise InvalidOption(f"unknown option {_shown(name)}; known: {', '.join(ALLOWED)}")
         if name == "classes":
             values[name] = _classes(value, labels)
         else:
@@ -67,8 +68,10 @@ def _refuse(name: str, value: Any) -> InvalidOption:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    """A value that a request gives may be of any length and depth."""
+    brief = reprlib.Repr()
+    brief.maxstring = 80
+    return brief.repr(value)
 
 
 def _fraction(name: str, value: Any) -> float:
@@ -93,7 +96,7 @@ def _count(name: str, value: Any) -> int:
 
 def _flag(name: str, value: Any) -> bool:
     if isinstance(value, str):
-        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
     if not isinstance(value, bool):
         raise _refuse(name, value)
     return value

@@ -22,7 +22,8 @@ OPTION_HEADER = "marina-"
 MAX_INSTANCES = 64
 EXAMPLE = "curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg URL, or curl -T photo.jpg URL"
 
-_BASE64 = re.compile(rb"[A-Za-z0-9+/\s]+={0,2}\s*")
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
+_WHITESPACE = b" \t\r\n\f\v"
 _DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,")
 
 
@@ -101,11 +102,16 @@ def _read_bytes(body: bytes, headers: Mapping[str, Any], limits: Limits) -> byte
     if "json" in _header(headers, "content-type"):
         try:
             json.loads(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidImage(f"the body says it is JSON but is not: {error}") from error
-    if body.startswith(b"data:") or (len(body) % 4 == 0 and _BASE64.fullmatch(body)):
+    if body.startswith(b"data:") or _is_base64(body):
         return _from_base64(body.decode("ascii", errors="replace"), limits)
     return body
+
+
+def _is_base64(body: bytes) -> bool:
+    compact = body.translate(None, _WHITESPACE)
+    return len(compact) % 4 == 0 and _BASE64.fullmatch(compact) is not None
 
 
 def _read_json(value: dict[str, Any], options: dict[str, Any], limits: Limits) -> Request:
@@ -137,7 +143,7 @@ def _from_base64(text: str, limits: Limits) -> bytes:
     if size > limits.max_bytes * 1.1 + 1024:
         raise ImageTooLarge(f"the picture has about {size} bytes, more than the {limits.max_bytes} allowed; shrink it")
     try:
-        body = base64.b64decode("".join(text.split()), validate=True)
+        body = base64.b64decode(text.encode("ascii").translate(None, _WHITESPACE), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidImage(f"the base64 text cannot be decoded ({error})") from error
     if not body:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from handlers.errors import RequestError
+from handlers.errors import InvalidOption, RequestError
 from model_defs.contract import Detections
 
 JSON = "application/json"
@@ -17,7 +17,8 @@ JSON = "application/json"
 BOX_DIGITS = 3
 SCORE_DIGITS = 6
 # TorchServe kills a worker whose answer is larger than 6,553,500 bytes.
-MAX_IMAGE_BYTES = 6_000_000
+MAX_ANSWER_BYTES = 6_000_000
+MAX_JPEG_SIDE = 65_500
 
 
 class Context(NamedTuple):
@@ -38,8 +39,14 @@ def error_answer(error: RequestError) -> tuple[bytes, str]:
 
 
 def kserve_answer(predictions: list[Any]) -> tuple[bytes, str]:
-    """KServe V1's form around the answers to several pictures."""
-    return json.dumps({"predictions": predictions}).encode(), JSON
+    """KServe V1's form around the answers to several pictures. Raises InvalidOption when they are too long together."""
+    body = json.dumps({"predictions": predictions}).encode()
+    if len(body) > MAX_ANSWER_BYTES:
+        raise InvalidOption(
+            f"the answer to {len(predictions)} instances would have {len(body)} bytes, more than {MAX_ANSWER_BYTES};"
+            " send fewer, or lower max_detections"
+        )
+    return body, JSON
 
 
 def json_answer(detections: Detections, form: str, context: Context) -> Any:
@@ -119,9 +126,10 @@ def _colour(label: int) -> tuple[int, int, int]:
 
 
 def _jpeg(image: Image.Image) -> bytes:
+    image.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))
     while True:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=90)
-        if buffer.tell() <= MAX_IMAGE_BYTES:
+        if buffer.tell() <= MAX_ANSWER_BYTES:
             return buffer.getvalue()
         image = image.resize((max(1, image.width * 3 // 4), max(1, image.height * 3 // 4)))

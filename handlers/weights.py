@@ -46,8 +46,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise BadArchive(f"weights {path.name} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadArchive(f"weights {path.name}: the header is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise BadArchive(f"weights {path.name}: the header is a JSON {type(header).__name__}, not an object")
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -56,15 +58,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not 0 <= begin <= end <= size - 8 - length or end - begin != prod(shape) * dtype.itemsize:
                 raise ValueError(f"{shape} of {dtype} does not fit bytes {begin} to {end}")
-        except (KeyError, TypeError, ValueError) as error:
+            flat = (
+                torch.frombuffer(buffer, dtype=dtype, count=prod(shape), offset=8 + length + begin)
+                if end > begin
+                else torch.empty(0, dtype=dtype)
+            )
+            tensors[name] = flat.view(shape)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise BadArchive(f"weights {path.name}: tensor {name!r} is inconsistent ({error!r})") from error
-        count = prod(shape)
-        flat = (
-            torch.frombuffer(buffer, dtype=dtype, count=count, offset=8 + length + begin)
-            if count
-            else torch.empty(0, dtype=dtype)
-        )
-        tensors[name] = flat.view(shape)
     return tensors
 
 
@@ -89,9 +90,19 @@ def load_state(detector: Detector, state: dict[str, Tensor]) -> None:
         for name in expected
         if name in state and state[name].shape != expected[name].shape
     ]
+    retyped = [
+        f"{name} {state[name].dtype} for {expected[name].dtype}"
+        for name in expected
+        if name in state and state[name].is_floating_point() != expected[name].is_floating_point()
+    ]
     problems = [
         f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-        for what, names in (("missing", missing), ("left over", surplus), ("of another shape", reshaped))
+        for what, names in (
+            ("missing", missing),
+            ("left over", surplus),
+            ("of another shape", reshaped),
+            ("of another type", retyped),
+        )
         if names
     ]
     if problems:

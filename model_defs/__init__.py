@@ -29,7 +29,7 @@ DEFINITIONS = {
 }
 
 
-def build(definition: str, num_classes: int, **arguments: Any) -> Detector:
+def build(definition: str, num_classes: int, /, **arguments: Any) -> Detector:
     """An untrained detector on the current default device, in training mode.
 
     num_classes: how many labels it answers with; `__background__` counts where the model has one.

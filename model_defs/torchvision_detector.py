@@ -83,7 +83,7 @@ class TorchvisionDetector(Detector):
 
     def classes_in(self, state: dict[str, Tensor]) -> int | None:
         weights = state.get(self._family.class_key)
-        return None if weights is None else len(weights) // self._family.class_factor
+        return None if weights is None else weights.numel() // self._family.class_factor
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Under torchvision's own keys."""

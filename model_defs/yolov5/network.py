@@ -147,9 +147,9 @@ class YOLOv5(Detector):
     def classes_in(self, state: dict[str, Tensor]) -> int | None:
         head = f"model.{len(self.model) - 1}"
         anchors, bias = state.get(f"{head}.anchors"), state.get(f"{head}.m.0.bias")
-        if anchors is None or bias is None:
+        if anchors is None or bias is None or anchors.shape != self.head.anchors.shape:
             return None
-        return len(bias) // anchors.shape[1] - 5
+        return bias.numel() // self.head.anchors_per_level - 5
 
     def prepare_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if state and not any(".bn." in key for key in state):

@@ -1,0 +1,63 @@
+# Every command of the project; CI runs these same ones. `make help` lists them.
+
+PYTHON ?= python3.11
+VENV := .venv
+STOCK := .venv-stock
+RUN := $(VENV)/bin
+UV := $(RUN)/uv
+UV_VERSION := 0.13.8
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | sort | expand -t 16
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "make needs Python 3.11: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(UV) pip install --quiet --python $(VENV) --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --python $(VENV) --no-deps --editable .
+	touch $@
+
+# What a TorchServe of somebody else holds: none of our code, no safetensors.
+$(STOCK)/.installed: $(VENV)/.installed docker/requirements.lock
+	$(UV) venv --quiet --clear --python $(RUN)/python $(STOCK)
+	$(UV) pip install --quiet --python $(STOCK) --require-hashes -r docker/requirements.lock
+	touch $@
+
+.PHONY: install
+install: $(VENV)/.installed ## The environment in .venv
+
+.PHONY: demo
+demo: $(VENV)/.installed ## Build `shapes`, serve it, ask it; ends at Ctrl-C, or at once with ONCE=1
+	$(RUN)/python -m tools.demo $(if $(ONCE),--once)
+
+.PHONY: lint
+lint: $(VENV)/.installed ## Style and types
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+.PHONY: test
+test: lint $(STOCK)/.installed ## Lint, types and every test, real servers included
+	$(RUN)/coverage erase
+	$(RUN)/python -m pytest --cov --cov-report=term $(PYTEST)
+
+.PHONY: image
+image: ## The serving container
+	docker/build.sh
+
+.PHONY: image-smoke
+image-smoke: $(VENV)/.installed ## Build the container, run it locked down, ask it for a prediction
+	docker/smoke.sh
+
+.PHONY: lock
+lock: $(VENV)/.installed ## Pin the newest versions that pyproject.toml allows
+	$(UV) pip compile --upgrade --quiet --python-version 3.11 --all-extras --generate-hashes --no-header --no-annotate \
+	  --no-emit-index-url pyproject.toml -o requirements.lock
+
+.PHONY: clean
+clean: ## Remove what make made
+	rm -rf $(VENV) $(STOCK) .mypy_cache .ruff_cache .pytest_cache .coverage demo-output

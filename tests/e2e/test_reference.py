@@ -1,0 +1,70 @@
+"""The official weights over HTTP against the official code's answers."""
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from tools.serve.server import TorchServe
+
+pytestmark = [pytest.mark.e2e, pytest.mark.real]
+
+SETTINGS = {
+    "square640_conf0.25_iou0.45": "yolov5n-square",
+    "rect640_conf0.25_iou0.45": "yolov5n-rect",
+}
+
+
+def photographs(shared: Path) -> dict[str, Path]:
+    real = shared / "real"
+    return {path.name: path for path in [*(real / "photos").glob("*.jpg"), *(real / "agpl").glob("*.jpg")]}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_photograph_has_the_reference_boxes(setting: str, coco_server: TorchServe, shared: Path) -> None:
+    reference = json.loads((shared / "real/reference/photos_detections.json").read_text())["detections"][setting]
+    pictures = photographs(shared)
+    url = coco_server.prediction_url(SETTINGS[setting])
+    problems = []
+    assert len(reference) == 28
+    for name, expected in reference.items():
+        answer = httpx.post(url, content=pictures[name].read_bytes(), headers=coco_server.headers | JPEG, timeout=60)
+        assert answer.status_code == 200, answer.text
+        problems += [f"{name}: {problem}" for problem in compare(expected, answer.json())]
+    assert not problems
+
+
+JPEG = {"Content-Type": "image/jpeg"}
+
+
+def compare(expected: list[dict], answer: dict) -> list[str]:
+    """What breaks the bounds: identical sets where nothing was resized, else every clear box close."""
+    exact = max(answer["width"], answer["height"]) == 640
+    found = answer["detections"]
+    iou = box_iou(_boxes(expected), _boxes(found))
+    same_class = torch.tensor([[e["class_id"] == f["index"] for f in found] for e in expected]).reshape(iou.shape)
+    iou = torch.where(same_class.bool(), iou, 0.0)
+    problems, used = [], set()
+    for row, one in enumerate(expected):
+        order = [column for column in iou[row].argsort(descending=True).tolist() if column not in used]
+        match = order[0] if order and iou[row, order[0]] >= 0.5 else None
+        if match is None:
+            problems += [f"lost {one}"] if exact or one["score"] >= 0.35 else []
+            continue
+        used.add(match)
+        other = found[match]
+        shift = max(abs(a - b) for a, b in zip(one["box"], other["box"], strict=True))
+        drift = abs(one["score"] - other["score"])
+        if exact and (shift > 0.05 or drift > 0.001):
+            problems.append(f"{one} became {other}")
+        if one["score"] >= 0.35 and (iou[row, match] < 0.95 or drift > 0.02):
+            problems.append(f"{one} became {other}")
+    extra = [f for i, f in enumerate(found) if i not in used and (exact or f["score"] >= 0.35)]
+    return problems + [f"gained {one}" for one in extra]
+
+
+def _boxes(rows: list[dict]) -> torch.Tensor:
+    return torch.tensor([row["box"] for row in rows], dtype=torch.float32).reshape(-1, 4)
