@@ -117,10 +117,12 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _first_problem(error: ValidationError) -> str:
-    problems = error.errors()
+    # A key that nobody knows explains another that is missing.
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] not in unknown)
     first = problems[0]
     where = ".".join(map(str, first["loc"])) or "recipe"
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if first["type"] in unknown:
         *section, key = first["loc"]
         close = difflib.get_close_matches(str(key), _keys(section), n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(_keys(section))}"

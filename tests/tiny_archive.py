@@ -1,0 +1,88 @@
+"""Archives of a few lines for tests of what is around a model: built by hand, served by the real TorchServe."""
+
+import json
+import zipfile
+from pathlib import Path
+
+# Answers a JPEG with [], anything else as Marina's handler does; sleeps as long as the request's header says.
+HANDLER = """
+import json
+import time
+
+
+def handle(data, context):
+    if data is None:
+        return None
+    answers = []
+    for index, row in enumerate(data):
+        headers = {key.lower(): value for key, value in context.get_all_request_header(index).items()}
+        time.sleep(float(headers.get("sleep", 0)))
+        context.set_response_content_type(index, "application/json")
+        if bytes(row.get("body", b"")).startswith(bytes([255, 216])):
+            answers.append(b"[]")
+        else:
+            context.set_response_status(code=400, phrase="Bad Request", idx=index)
+            answers.append(json.dumps({"code": 400, "type": "InvalidImage", "message": "no picture"}).encode())
+    return answers
+"""
+
+FAILS_TO_LOAD = """
+class BadSettings(Exception):
+    pass
+
+
+def handle(data, context):
+    if data is None:
+        raise BadSettings("score_threshold is 2, outside of 0 to 1")
+"""
+
+DIES_AT_A_PICTURE = """
+import os
+
+
+def handle(data, context):
+    if data is not None:
+        print("about to go")
+        os._exit(3)
+"""
+
+CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\nmaxBatchDelay: 5\nresponseTimeout: 60\nstartupTimeout: 60\n"
+
+
+def write_archive(
+    path: Path,
+    name: str,
+    *,
+    handler: str = HANDLER,
+    version: str = "1.0",
+    config: str = CONFIG,
+    golden: bytes | None = None,
+    max_bytes: int | None = None,
+) -> Path:
+    """A .mar at `path`. With a golden picture or a limit it passes for one that Marina built."""
+    manifest = {
+        "createdOn": "01/01/1980 00:00:00",
+        "runtime": "python",
+        "archiverVersion": "0.12.0",
+        "model": {
+            "modelName": name,
+            "modelVersion": version,
+            "handler": "tiny_handler.py",
+            "configFile": "model-config.yaml",
+        },
+    }
+    settings: dict[str, object] = {"name": name}
+    if golden is not None:
+        settings["golden"] = [{"image": "golden/a.jpg", "detections": "golden/a.json"}]
+    if max_bytes is not None:
+        settings["limits"] = {"max_bytes": max_bytes, "max_pixels": 50_000_000}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
+        archive.writestr("tiny_handler.py", handler)
+        archive.writestr("model-config.yaml", f"{config}handler: {json.dumps(settings)}\n")
+        if len(settings) > 1:
+            archive.writestr("MAR-INF/PROVENANCE.json", json.dumps({"made": "by hand"}))
+        if golden is not None:
+            archive.writestr("golden/a.jpg", golden)
+            archive.writestr("golden/a.json", "[]")
+    return path

@@ -1,0 +1,1 @@
+"""What would keep Marina from working here, and the mend."""

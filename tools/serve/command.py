@@ -1,0 +1,127 @@
+"""`marina serve`: TorchServe on a model store, until Ctrl-C or SIGTERM."""
+
+import argparse
+import ipaddress
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tools.serve.server import GRACE_S, Interrupted, TorchServe
+from tools.serve.store import Served
+
+GRPC_PORT = 7070
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="the folder of .mar files")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="serve these only (default: every archive)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="0 picks a free one (default: %(default)s)")
+    parser.add_argument("--no-auth", action="store_true", help="answer requests that carry no token")
+    parser.add_argument(
+        "--grpc",
+        type=int,
+        nargs="?",
+        const=GRPC_PORT,
+        metavar="PORT",
+        help=f"offer predictions over gRPC too (default port: {GRPC_PORT}; 0 picks a free one)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=GRACE_S,
+        metavar="SECONDS",
+        help="how long answers under way may take at the end (default: %(default)s)",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show all that TorchServe and its workers print")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes, see `serve_until_stopped`."""
+    if args.no_auth and not is_loopback(args.host):
+        _tell(
+            f"WARNING: --no-auth on {args.host}: everyone who can reach this machine can use the models. "
+            "Leave --no-auth out, or put an authenticating proxy in front."
+        )
+    server = TorchServe(
+        args.store,
+        args.models,
+        host=args.host,
+        port=args.port,
+        auth=not args.no_auth,
+        grpc_port=args.grpc,
+        grace=args.grace,
+        report=_tell,
+        verbose=args.verbose,
+    )
+    return serve_until_stopped(server)
+
+
+def serve_until_stopped(server: TorchServe, when_up: Callable[[TorchServe], bool] = lambda server: True) -> int:
+    """Start `server`, print its summary, and serve until Ctrl-C, SIGTERM or a closed terminal; then drain and close it.
+
+    when_up is called once every model answers; serving ends there and then if it returns False. Returns
+    the exit code 0; raises MarinaError when a model does not come up or the JVM dies.
+    """
+    with _signals_to(server.request_stop):
+        try:
+            server.start()
+            print(summary(server), flush=True)
+            if when_up(server):
+                server.wait()
+                _tell("stopping; once more stops at once")
+            if not server.drain():
+                _tell("stopped before every answer under way was given")
+        except Interrupted as error:
+            _tell(str(error))
+        finally:
+            server.close()
+    return 0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`; a name other than localhost may be anything."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def summary(server: TorchServe) -> str:
+    """What a user needs now: addresses, the token's file, a line to paste."""
+    lines = [f"{served}  {server.prediction_url(served.name, served.version)}" for served in server.archives]
+    if server.grpc_port is not None:
+        lines.append(f"gRPC  {server.host}:{server.grpc_port}")
+    lines.append(f"token  {server.token_file}" if server.token_file else "token  none needed (--no-auth)")
+    lines.append(f"log  {server.log_file}")
+    lines.append(curl_line(server, server.archives[0]))
+    return "\n".join(lines)
+
+
+def curl_line(server: TorchServe, served: Served) -> str:
+    """A shell command that posts the picture of `served`."""
+    words = ["curl"]
+    if server.token_file:
+        words += ["-H", f'"Authorization: Bearer $(cat {shlex.quote(str(server.token_file))})"']
+    words += ["-H", shlex.quote(f"Content-Type: {served.content_type}")]
+    words += ["--data-binary", shlex.quote(f"@{server.image_file(served)}")]
+    return " ".join([*words, shlex.quote(server.prediction_url(served.name))])
+
+
+@contextmanager
+def _signals_to(stop: Callable[[], None]) -> Iterator[None]:
+    """Have Ctrl-C, SIGTERM and a closed terminal call `stop`."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = [signal.signal(number, lambda number, frame: stop()) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

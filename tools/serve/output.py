@@ -1,0 +1,166 @@
+"""Reads what the JVM prints: keeps it in the log, hands on what matters, remembers how workers fare."""
+
+import contextlib
+import os
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from logging import Formatter, LogRecord
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import IO
+
+from tools.serve.log import Record, java_error, parse, python_error
+from tools.serve.store import Served
+
+LOG_BYTES = 50_000_000
+# Long enough for the lines that follow the first sign of a failure: the traceback, TorchServe's own word.
+SETTLE_S = 0.5
+# How lines begin that tell nothing of a JVM's end: what it says at every start, and the last part of a thread dump.
+CHATTER = (
+    "Model server started.",
+    "WARNING: sun.reflect.",
+    "nvidia-smi not available",
+    "xpu-smi not available",
+    "Heap",
+)
+# The first line after the threads in a dump of Java 11 to 21.
+DUMP_END = "JNI global ref"
+
+
+class Output:
+    """The lines of a JVM, read in a thread of their own until the stream ends.
+
+    report gets one line for each record of a worker or a warning of TorchServe while `reporting`, and
+    every line if `verbose`.
+    """
+
+    def __init__(self, stream: IO[str], log_file: Path, report: Callable[[str], None], verbose: bool):
+        self.reporting = False
+        self._stream = stream
+        self._report = report
+        self._verbose = verbose
+        self._log = RotatingFileHandler(log_file, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
+        self._log.setFormatter(Formatter("%(message)s"))
+        # Guards what follows, written by the reading thread.
+        self._lock = threading.Lock()
+        self._plain: deque[str] = deque(maxlen=2000)
+        self._printed: defaultdict[str, deque[str]] = defaultdict(lambda: deque(maxlen=500))
+        self._pids: dict[int, str] = {}
+        self._failed: set[str] = set()
+        self._unloadable: set[str] = set()
+        self._dump: list[str] | None = None
+        self._dumped = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="torchserve-output", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Call it when the JVM is gone."""
+        self._thread.join(timeout=10)
+        self._log.close()
+
+    def last_error(self) -> str:
+        """Why the JVM ended, as far as it said so."""
+        time.sleep(SETTLE_S)
+        with self._lock:
+            plain = [line for line in self._plain if line.strip() and not line.startswith((" ", "\t", *CHATTER))]
+        return java_error(plain) or (plain[-1] if plain else "it gives no reason")
+
+    def thread_dump(self, ask: Callable[[], None], timeout: float) -> list[str] | None:
+        """The lines of the dump that the JVM prints after `ask`; None when it does not within `timeout` seconds."""
+        with self._lock:
+            self._dump = []
+        self._dumped.clear()
+        ask()
+        complete = self._dumped.wait(timeout)
+        with self._lock:
+            dump, self._dump = self._dump, None
+        return dump if complete else None
+
+    def dead_workers(self) -> list[tuple[int, str]]:
+        """Process id and `<model>_<version>` of the workers that ended since the last call."""
+        with self._lock:
+            dead = [(pid, worker) for pid, worker in self._pids.items() if not _runs(pid)]
+            for pid, _ in dead:
+                del self._pids[pid]
+        return dead
+
+    def failure(self, archives: Iterable[Served]) -> str | None:
+        """What kept one of `archives` from loading, as one line; None while there is nothing to say."""
+        failed = {worker for _, worker in self.dead_workers()}
+        with self._lock:
+            failed |= self._failed
+            unloadable = set(self._unloadable)
+        if not failed and not unloadable:
+            return None
+        time.sleep(SETTLE_S)
+        with self._lock:
+            plain = list(self._plain)
+            for index, served in enumerate(archives):
+                if f"{index}.mar" in unloadable:
+                    return f"{served}: TorchServe cannot load {served.path}: {java_error(plain) or 'no reason given'}"
+                if served.key in failed:
+                    return f"{served}: its worker failed to start: {self._death(served.key, plain)}"
+        return f"a worker failed to start: {', '.join(sorted(failed | unloadable))}"
+
+    def worker_error(self, worker: str) -> str | None:
+        """The last exception that the workers of `<model>_<version>` printed."""
+        with self._lock:
+            return python_error(self._printed[worker])
+
+    def _death(self, worker: str, plain: list[str]) -> str:
+        printed = self._printed[worker]
+        error = python_error(printed)
+        if error:
+            return error
+        last = printed[-1] if printed else "nothing"
+        return f"no error was printed ({java_error(plain) or 'TorchServe gives no reason'}); its last line: {last}"
+
+    def _read(self) -> None:
+        for line in self._stream:
+            line = line.rstrip("\n")
+            self._log.emit(LogRecord("torchserve", 0, "", 0, line, None, None))
+            record = parse(line)
+            with self._lock:
+                if record is None:
+                    self._take_plain(line)
+                else:
+                    self._remember(record)
+            if self._verbose:
+                self._say(line)
+            elif record and self.reporting and not record.is_greeting:
+                self._say(f"{record.worker or record.logger}: {record.message}")
+
+    def _say(self, line: str) -> None:
+        # Reading goes on where nobody listens any more: a full pipe would stop the JVM.
+        with contextlib.suppress(OSError):
+            self._report(line)
+
+    def _take_plain(self, line: str) -> None:
+        if self._dump is None:
+            self._plain.append(line)
+        elif line.startswith(DUMP_END):
+            self._dumped.set()
+        else:
+            self._dump.append(line)
+
+    def _remember(self, record: Record) -> None:
+        if record.worker and record.from_worker:
+            self._printed[record.worker].append(record.message)
+        if record.worker and record.pid:
+            self._pids[record.pid] = record.worker
+        if record.worker and record.worker_failed:
+            self._failed.add(record.worker)
+        if record.unloadable_file:
+            self._unloadable.add(Path(record.unloadable_file).name)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,1 @@
+"""A few questions to a running server."""
