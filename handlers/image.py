@@ -99,7 +99,7 @@ def _webp_size(body: bytes) -> tuple[int, int]:
 def _upright(image: Image.Image) -> Image.Image:
     # Pillow's own `exif_transpose` also writes the rest of the metadata anew, and fails where that is broken.
     try:
-        method = UPRIGHT.get(image.getexif().get(ORIENTATION))
+        method = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # noqa: BLE001  # broken metadata does not spoil a good picture
         return image
     return image if method is None else image.transpose(method)

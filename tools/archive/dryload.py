@@ -53,7 +53,7 @@ class CleanProcess:
     def __init__(self, folder: Path):
         libraries = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         arguments = json.dumps([str(folder), *dict.fromkeys(libraries)])
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed together with the process
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", RUNNER, arguments],
             stdin=subprocess.PIPE,
