@@ -43,15 +43,24 @@ lint: $(VENV)/.installed ## Style and types
 .PHONY: test
 test: lint $(STOCK)/.installed ## Lint, types and every test, real servers included
 	$(RUN)/coverage erase
-	$(RUN)/python -m pytest --cov --cov-report=term $(PYTEST)
+	$(RUN)/python -m pytest -m "not container" --cov --cov-report=term $(PYTEST)
+
+IMAGE_ARGUMENTS = $(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
+model-store/shapes.mar: $(VENV)/.installed $(shell find archives/shapes handlers model_defs -type f -not -name '*.pyc')
+	$(RUN)/marina archive build archives/shapes
 
 .PHONY: image
-image: ## The serving container
-	docker/build.sh
+image: $(VENV)/.installed ## The serving container; BASE_IMAGE=… TORCH_INDEX=…
+	$(RUN)/python -m tools.container image $(IMAGE_ARGUMENTS)
 
 .PHONY: image-smoke
-image-smoke: $(VENV)/.installed ## Build the container, run it locked down, ask it for a prediction
-	docker/smoke.sh
+image-smoke: model-store/shapes.mar ## Build the container, run it locked down, ask it for a prediction
+	$(RUN)/python -m tools.container smoke --store model-store $(IMAGE_ARGUMENTS)
+
+.PHONY: test-container
+test-container: $(VENV)/.installed ## The tests that need a container engine, or start one
+	$(RUN)/python -m pytest -m container tests
 
 .PHONY: lock
 lock: $(VENV)/.installed ## Pin the newest versions that pyproject.toml allows

@@ -4,6 +4,7 @@ torchvision does resizing, normalisation, forward pass and box decoding as ever;
 suppression and limit are opened, so that every request can have its own.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -42,6 +43,10 @@ FAMILIES = {
     "ssdlite320_mobilenet_v3_large": SSDLITE,
 }
 NO_LIMIT = 2**31 - 1
+# torchvision's names for what is the handler's work, with and without the prefix of Faster R-CNN.
+POSTPROCESSING = {
+    f"{prefix}{name}" for prefix in ("", "box_") for name in ("score_thresh", "nms_thresh", "detections_per_img")
+}
 
 
 class TorchvisionDetector(Detector):
@@ -54,9 +59,13 @@ class TorchvisionDetector(Detector):
         super().__init__()
         self.num_classes = num_classes
         self._family = FAMILIES[definition]
-        self.model = getattr(detection, definition)(
-            weights=None, weights_backbone=None, num_classes=num_classes, **arguments
-        )
+        builder = getattr(detection, definition)
+        self.model = builder(weights=None, weights_backbone=None, num_classes=num_classes, **arguments)
+        # torchvision takes any name, and ignores those that it does not know.
+        known = inspect.signature(builder).parameters.keys() | inspect.signature(type(self.model)).parameters.keys()
+        for name in arguments:
+            if name in POSTPROCESSING or name not in known:
+                raise TypeError(f"unknown argument {name!r}; thresholds belong into postprocess")
         if batch_norm_eps is not None:
             for module in self.model.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -68,7 +77,11 @@ class TorchvisionDetector(Detector):
 
     def candidates(self, images: Tensor, score_threshold: float) -> list[Detections]:
         self._post[0].score_thresh = score_threshold
-        return [Detections(found["boxes"], found["labels"], found["scores"]) for found in self.model(list(images))]
+        # RetinaNet and FCOS score the background, which was never shown to them, like any class.
+        return [
+            Detections(*(found[part][found["labels"] > 0] for part in ("boxes", "labels", "scores")))
+            for found in self.model(list(images))
+        ]
 
     def check_size(self, height: int, width: int) -> None:
         transform = self.model.transform

@@ -1,11 +1,20 @@
 """Fixtures that every test may use."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from handlers.pipeline import Pipeline
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+
+# A slow machine is no fault of the code.
+settings.register_profile("marina", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("marina")
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +28,19 @@ def shared() -> Path:
     if not (SHARED / "real").is_dir():
         pytest.skip(f"REAL DATA MISSING: {SHARED / 'real'} is not there, so nothing is checked against real weights")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder and parsed model-config.yaml of an untrained YOLOv5n; many detections, none of them sensible."""
+    from model_folder import write_model
+
+    folder = tmp_path_factory.mktemp("small")
+    return folder, write_model(folder)
+
+
+@pytest.fixture(scope="session")
+def small_pipeline(small_model: tuple[Path, dict[str, Any]]) -> "Pipeline":
+    from handlers.pipeline import Pipeline
+
+    return Pipeline.load(*small_model)

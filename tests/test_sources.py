@@ -6,6 +6,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import s3fs
 from moto.server import ThreadedMotoServer
 
 from handlers.errors import BadArchive, MarinaError
@@ -18,6 +19,8 @@ CONTENT = b"weights" * 1000
 def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
+    # It keeps connections by bucket, and each test has a server of its own.
+    s3fs.S3FileSystem.clear_instance_cache()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")

@@ -54,6 +54,14 @@ def coco_server(coco_store: Path) -> Iterator[TorchServe]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def shapes_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    store = tmp_path_factory.mktemp("shapes-store")
+    build_archive(load_recipe(repository / "archives" / "shapes"), store / "shapes.mar")
+    with TorchServe(store, port=0) as server:
+        yield server
+
+
 @dataclass(frozen=True)
 class Stock:
     """A stock TorchServe, started by its own launcher from an environment without any code of ours."""

@@ -1,0 +1,74 @@
+"""`shapes` as `marina serve` serves it: limits, smoke, the demo."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import httpx
+import pytest
+from e2e.conftest import as_instances
+from PIL import Image
+
+from tools.serve.server import TorchServe
+
+pytestmark = pytest.mark.e2e
+
+JPEG = {"Content-Type": "image/jpeg"}
+
+
+def post(server: TorchServe, content: bytes, **headers: str) -> httpx.Response:
+    url = server.prediction_url("shapes")
+    return httpx.post(url, content=content, headers=server.headers | JPEG | headers, timeout=120)
+
+
+def picture(server: TorchServe) -> bytes:
+    return server.archives[0].image
+
+
+def test_a_picture_of_twenty_megabytes_and_one_byte(shapes_server: TorchServe) -> None:
+    whole = picture(shapes_server)
+    allowed = whole + bytes(20_000_000 - len(whole))
+    assert post(shapes_server, allowed).status_code == 200
+    refused = post(shapes_server, allowed + b"\0")
+    assert (refused.status_code, refused.json()["type"]) == (413, "ImageTooLarge")
+    assert "20000001 bytes" in refused.json()["message"]
+    as_json = as_instances(base64.b64encode(allowed + b"\0").decode())
+    assert post(shapes_server, as_json, **{"Content-Type": "application/json"}).status_code == 413
+
+
+def test_a_bomb_costs_nothing(shapes_server: TorchServe) -> None:
+    size = (60_000).to_bytes(4, "big")
+    header = b"IHDR" + size + size + bytes([8, 2, 0, 0, 0])
+    bomb = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big") + bytes(100)
+    refused = post(shapes_server, bomb)
+    assert (refused.status_code, refused.json()["type"]) == (413, "ImageTooLarge")
+    assert post(shapes_server, picture(shapes_server)).status_code == 200
+
+
+def test_smoke_by_command_and_by_script(shapes_server: TorchServe, repository: Path, tmp_path: Path) -> None:
+    token = str(shapes_server.token_file)
+    command = [sys.executable, "-m", "tools.cli", "smoke", shapes_server.url, "--model", "shapes"]
+    assert subprocess.run([*command, "--token-file", token], check=False).returncode == 0
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 1
+    (tmp_path / "a.jpg").write_bytes(picture(shapes_server))
+    script = ["sh", repository / "tools/smoke.sh", shapes_server.url, "shapes", tmp_path / "a.jpg"]
+    assert subprocess.run([*script, str(shapes_server.token)], check=False).returncode == 0
+    assert subprocess.run(script, check=False, capture_output=True).returncode != 0
+
+
+def test_demo(tmp_path: Path) -> None:
+    """What `make demo ONCE=1` runs: it prints the answer, saves the picture, and leaves nothing running."""
+    command = [sys.executable, "-m", "tools.demo", "--once", "--port", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout[done.stdout.index("{\n") : done.stdout.rindex("}\n") + 1])
+    assert answer["model"] == "shapes"
+    assert len(answer["detections"]) > 2
+    assert Image.open(tmp_path / "demo-output/shapes.jpg").size == (answer["width"], answer["height"])
+    token_file = re.search(r"(\S+)/token\b", done.stdout)
+    assert token_file is not None
+    assert not Path(token_file[1]).exists()
