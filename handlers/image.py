@@ -10,7 +10,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from handlers.errors import ImageTooLarge, InvalidImage, UnsupportedMedia
 from handlers.settings import Limits
@@ -58,9 +58,11 @@ def decode(body: bytes, limits: Limits) -> np.ndarray:
     name = sniff(body)
     if name is None:
         raise UnsupportedMedia(f"the body begins with {bytes(body[:8])!r}, which is no {ACCEPTED} picture")
+    # Pillow allocates a WebP's canvas as soon as it opens it, and reads what follows a PNG's size before it tells.
     if name == "WEBP":
-        # Pillow allocates a WebP's canvas as soon as it opens it.
         _check_pixels(*_webp_size(body), limits)
+    elif name == "PNG" and len(body) >= 24:
+        _check_pixels(int.from_bytes(body[16:20]), int.from_bytes(body[20:24]), limits)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes, which are checked here, and odd metadata
@@ -72,6 +74,8 @@ def decode(body: bytes, limits: Limits) -> np.ndarray:
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"the picture has more than the {limits.max_pixels} pixels allowed ({error})") from error
+    except UnidentifiedImageError as error:
+        raise InvalidImage(f"the {name} picture is truncated or corrupt (its header cannot be read)") from error
     except Exception as error:  # decoders of foreign bytes raise nearly everything
         raise InvalidImage(f"the {name} picture is truncated or corrupt ({error or type(error).__name__})") from error
 

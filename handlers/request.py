@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from handlers.errors import EmptyBody, ImageTooLarge, InvalidImage, InvalidOption
+from handlers.errors import EmptyBody, ImageTooLarge, InvalidImage, InvalidOption, UnsupportedMedia
 from handlers.image import sniff
 from handlers.settings import Limits
 
@@ -62,7 +62,7 @@ def read_request(row: Mapping[str, Any], headers: Mapping[str, Any], limits: Lim
     if isinstance(value, list):
         raise InvalidImage('the body is a JSON list; send {"instances": [{"b64": "..."}]} or the picture itself')
     if isinstance(value, str):
-        return Request([Instance(_from_base64(value, limits), options)])
+        return Request([Instance(_from_text(value, limits), options)])
     if not isinstance(value, bytes | bytearray):
         raise InvalidImage(f"the body is a JSON {type(value).__name__}; send the picture itself")
     return Request([Instance(_read_bytes(bytes(value), headers, limits), options)])
@@ -112,6 +112,12 @@ def _read_bytes(body: bytes, headers: Mapping[str, Any], limits: Limits) -> byte
 def _is_base64(body: bytes) -> bool:
     compact = body.translate(None, _WHITESPACE)
     return len(compact) % 4 == 0 and _BASE64.fullmatch(compact) is not None
+
+
+def _from_text(text: str, limits: Limits) -> bytes:
+    if text.strip() and not _DATA_URL.match(text) and not _is_base64(text.encode(errors="replace")):
+        raise UnsupportedMedia(f"the body is text, neither a picture nor one in base64; use {EXAMPLE}")
+    return _from_base64(text, limits)
 
 
 def _read_json(value: dict[str, Any], options: dict[str, Any], limits: Limits) -> Request:

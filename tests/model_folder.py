@@ -113,6 +113,11 @@ def oriented(pixels: np.ndarray, orientation: int, form: str = "PNG") -> bytes:
     return encode(np.ascontiguousarray(rows_then_columns[orientation]), form, exif=exif)
 
 
+def assert_one_line(error: Exception, longest: int = 500) -> None:
+    assert "\n" not in str(error)
+    assert len(str(error)) <= longest
+
+
 def ask(pipeline: Pipeline, *requests: bytes | tuple[Any, Mapping[str, Any]]) -> list[Answer]:
     """The answers to one batch. A request is a raw body, or a row and its headers."""
     rows = [({"body": request}, {}) if isinstance(request, bytes) else request for request in requests]

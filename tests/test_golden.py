@@ -48,7 +48,14 @@ def test_the_same_answer(found):
 
 @pytest.mark.parametrize(
     "found",
-    [without(0), without(1), but(0, box=[13, 10, 113, 110]), but(1, box=[51, 50, 54, 53]), but(0, label=1), but(0, score=0.87)],
+    [
+        without(0),
+        without(1),
+        but(0, box=[13, 10, 113, 110]),
+        but(1, box=[51, 50, 54, 53]),
+        but(0, label=1),
+        but(0, score=0.87),
+    ],
 )
 def test_another_answer(found):
     assert "1 detections missing" in difference(ANSWER, found, 0.25)
@@ -88,7 +95,7 @@ def test_stored_answer_is_read(tmp_path):
 def test_no_stored_answer(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_text(content)
-    with pytest.raises(BadArchive, match="golden answer a.json is not an answer of format detections"):
+    with pytest.raises(BadArchive, match=r"golden answer a\.json is not an answer of format detections"):
         load_golden(path, ["cat"])
-    with pytest.raises(BadArchive, match="golden answer b.json cannot be read"):
+    with pytest.raises(BadArchive, match=r"golden answer b\.json cannot be read"):
         load_golden(tmp_path / "b.json", ["cat"])

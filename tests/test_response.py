@@ -112,7 +112,7 @@ def test_the_longest_answer_fits(form, letter):
 
 def test_kserve_answer():
     assert json.loads(kserve_answer([1, [2]])[0]) == {"predictions": [1, [2]]}
-    with pytest.raises(InvalidOption, match="the answer to 7 instances .* more than 6000000; send fewer"):
+    with pytest.raises(InvalidOption, match=r"the answer to 7 instances .* more than 6000000; send fewer"):
         kserve_answer(["x" * 1_000_000] * 7)
 
 

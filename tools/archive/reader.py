@@ -6,6 +6,7 @@ A .mar is a zip file; `MAR-INF/MANIFEST.json` says what is in it (TorchServe's m
 import json
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -71,7 +72,7 @@ class Archive:
             with self.open(name) as source:
                 while chunk := source.read(CHUNK):
                     yield chunk
-        except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
             raise BadArchive(f"{self.path}: entry {name!r} is damaged ({error}); fetch or build it again") from error
 
     def read(self, name: str) -> bytes:
