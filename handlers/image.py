@@ -11,6 +11,7 @@ import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from handlers.errors import ImageTooLarge, InvalidImage, UnsupportedMedia
 from handlers.settings import Limits
@@ -26,6 +27,7 @@ SIGNATURES = (
     (b"MM\0*", "TIFF"),
 )
 ACCEPTED = "JPEG, PNG, WebP, BMP, GIF or TIFF"
+TILE_TAGS = 322, 323  # TileWidth, TileLength (TIFF 6.0, section 15)
 
 # What turns a picture of each EXIF orientation upright (EXIF 2.32, tag 0x0112).
 ORIENTATION = 0x0112
@@ -68,6 +70,10 @@ def decode(body: bytes, limits: Limits) -> np.ndarray:
             warnings.simplefilter("ignore")  # about sizes, which are checked here, and odd metadata
             with Image.open(io.BytesIO(body), formats=[name]) as image:
                 _check_pixels(*image.size, limits)
+                if isinstance(image, TiffImageFile):
+                    # A whole tile is allocated, however small the picture.
+                    tile_width, tile_height = (int(image.tag_v2.get(tag, 0)) for tag in TILE_TAGS)
+                    _check_pixels(tile_width, tile_height, limits)
                 image.load()
                 return _to_rgb(_upright(image))
     except (ImageTooLarge, UnsupportedMedia):

@@ -40,14 +40,16 @@ from handlers.options import Options, default_options, parse_options
 from handlers.request import Instance, read_request
 from handlers.response import Context, error_answer, json_answer, kserve_answer, render
 from handlers.settings import Settings, parse_settings
-from handlers.weights import load_state, read_safetensors
+from handlers.weights import Uninitialised, load_state, read_safetensors
 from model_defs import build
 from model_defs.contract import Detections, Detector
 
 logger = logging.getLogger(__name__)
 
-# Pictures of one shape that share a forward pass, at most; bounds the memory of one request with many pictures.
+# Pictures of one shape that share a forward pass, and their pixels together, at most: bounds the memory that a batch
+# of large pictures takes where the model resizes them itself, 12 bytes a pixel and copies of that.
 MAX_FORWARD = 16
+MAX_FORWARD_PIXELS = 32_000_000
 
 
 @dataclass
@@ -110,7 +112,8 @@ class Pipeline:
         device = _device(settings.device, gpu)
         labels = load_labels(folder / settings.labels)
         try:
-            detector = build(settings.model.definition, len(labels), **settings.model.args)
+            with Uninitialised():
+                detector = build(settings.model.definition, len(labels), **settings.model.args)
         except ValueError as error:
             raise BadSettings(str(error)) from error
         check_background(labels, detector.has_background, settings.model.definition)
@@ -204,9 +207,10 @@ class Pipeline:
         for item in items:
             if item.tensor is not None:
                 groups[tuple(item.tensor.shape)].append(item)
-        for group in groups.values():
-            for start in range(0, len(group), MAX_FORWARD):
-                self._forward(group[start : start + MAX_FORWARD])
+        for (_, height, width), group in groups.items():
+            size = max(1, min(MAX_FORWARD, MAX_FORWARD_PIXELS // (height * width)))
+            for start in range(0, len(group), size):
+                self._forward(group[start : start + size])
 
     def _forward(self, items: list[Item]) -> None:
         """Pictures of one shape through the network. If that fails, each goes alone and answers for itself."""

@@ -6,12 +6,13 @@ Format: 8 bytes little-endian length, a JSON header of dtype, shape and offsets,
 """
 
 import json
-import mmap
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from handlers.errors import BadArchive
 from model_defs.contract import Detector
@@ -31,9 +32,20 @@ DTYPES = {
 SHOWN = 3  # names of keys in a message
 
 
+class Uninitialised(TorchFunctionMode):
+    """A network that is built in this context has no random start, which `load_state` replaces anyhow."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (Tensor.uniform_, Tensor.normal_) or getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of the file, mapped into memory copy-on-write: workers share what they do not change.
 
+    Each has a mapping of its own, which goes when the network puts another tensor in its place.
     Raises BadArchive when the file is missing, cut short or inconsistent.
     """
     try:
@@ -43,7 +55,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             if not 2 <= length <= size - 8:
                 raise BadArchive(f"weights {path.name}: no safetensors file ({size} bytes, header of {length})")
             header = json.loads(file.read(length))
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise BadArchive(f"weights {path.name} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -58,12 +69,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not 0 <= begin <= end <= size - 8 - length or end - begin != prod(shape) * dtype.itemsize:
                 raise ValueError(f"{shape} of {dtype} does not fit bytes {begin} to {end}")
-            flat = (
-                torch.frombuffer(buffer, dtype=dtype, count=prod(shape), offset=8 + length + begin)
-                if end > begin
-                else torch.empty(0, dtype=dtype)
-            )
-            tensors[name] = flat.view(shape)
+            mapped = torch.from_file(str(path), shared=False, size=8 + length + end, dtype=torch.uint8)
+            tensors[name] = mapped[8 + length + begin :].view(dtype).view(shape)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise BadArchive(f"weights {path.name}: tensor {name!r} is inconsistent ({error!r})") from error
     return tensors

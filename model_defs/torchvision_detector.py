@@ -5,10 +5,14 @@ suppression and limit are opened, so that every request can have its own.
 """
 
 import inspect
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from torchvision.models import detection
+from torchvision.ops import FeaturePyramidNetwork
 
 from model_defs.contract import Detections, Detector
 
@@ -43,6 +47,34 @@ FAMILIES = {
     "ssdlite320_mobilenet_v3_large": SSDLITE,
 }
 NO_LIMIT = 2**31 - 1
+
+
+class Pyramid(nn.Module):
+    """The layers of torchvision's FeaturePyramidNetwork, and its very answers, with two maps less in memory at
+    the finest level: 60 MB each for a picture of 1216x800."""
+
+    def __init__(self, network: FeaturePyramidNetwork):
+        super().__init__()
+        self.inner_blocks = network.inner_blocks
+        self.layer_blocks = network.layer_blocks
+        self.extra_blocks = network.extra_blocks
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """features: maps `[B, C, H, W]` by name, finest first; back come theirs of 256 channels, and extra levels."""
+        names, maps = list(features), list(features.values())
+        features.clear()
+        inner = self.inner_blocks[-1](maps[-1])
+        results = [self.layer_blocks[-1](inner)]
+        for level in range(len(maps) - 2, -1, -1):
+            finer = self.inner_blocks[level](maps.pop(level))
+            finer += interpolate(inner, size=finer.shape[-2:], mode="nearest")
+            inner = finer
+            results.insert(0, self.layer_blocks[level](inner))
+        if self.extra_blocks is not None:
+            results, names = self.extra_blocks(results, maps, names)
+        return OrderedDict(zip(names, results, strict=True))
+
+
 # torchvision's names for what is the handler's work, with and without the prefix of Faster R-CNN.
 POSTPROCESSING = {
     f"{prefix}{name}" for prefix in ("", "box_") for name in ("score_thresh", "nms_thresh", "detections_per_img")
@@ -97,6 +129,13 @@ class TorchvisionDetector(Detector):
     def classes_in(self, state: dict[str, Tensor]) -> int | None:
         weights = state.get(self._family.class_key)
         return None if weights is None else weights.numel() // self._family.class_factor
+
+    def optimise(self) -> None:
+        """Channels that lie together make convolutions of this depth a quarter faster."""
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        pyramid = getattr(self.model.backbone, "fpn", None)
+        if isinstance(pyramid, FeaturePyramidNetwork):
+            self.model.backbone.fpn = Pyramid(pyramid)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Under torchvision's own keys."""

@@ -15,6 +15,7 @@ from model_folder import LABELS, ask, encode, oriented, scene, write_labels, wri
 from PIL import Image
 from torchvision.ops import box_iou
 
+import handlers.pipeline
 from handlers import response
 from handlers.errors import BadArchive, BadSettings, MarinaError
 from handlers.pipeline import MAX_FORWARD, Job, Pipeline, dry_run, load_checked
@@ -121,6 +122,9 @@ def test_forward_passes_are_bounded(small_pipeline, monkeypatch):
     shapes = recorded(monkeypatch, small_pipeline.detector)
     ask(small_pipeline, *[encode(scene(32, 320))] * (MAX_FORWARD + 1))
     assert [shape[0] for shape in shapes] == [MAX_FORWARD, 1]
+    monkeypatch.setattr(handlers.pipeline, "MAX_FORWARD_PIXELS", 2 * 32 * 320)
+    ask(small_pipeline, *[encode(scene(32, 320))] * 3, encode(scene(320, 320)))
+    assert [shape[0] for shape in shapes[2:]] == [2, 1, 1]
 
 
 def test_a_picture_that_the_model_fails_on_is_alone_with_it(small_pipeline, monkeypatch, caplog):
@@ -160,8 +164,8 @@ def test_options_change_their_own_answer_only(small_pipeline):
             found(max_detections=3),
             found(classes="dog"),
             found(score_threshold=0.01, max_detections=1000),
-            found(iou_threshold=0, score_threshold=0.01, max_detections=1000),
-            found(iou_threshold=0, score_threshold=0.01, max_detections=1000, class_agnostic="true"),
+            found(iou_threshold=0, score_threshold=0.5, max_detections=1000),
+            found(iou_threshold=0, score_threshold=0.5, max_detections=1000, class_agnostic="true"),
             found(iou_threshold=1, max_detections=1000),
         ),
     )

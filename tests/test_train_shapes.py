@@ -87,6 +87,7 @@ def test_average_precision_of_known_rankings() -> None:
     assert average_precision(scores, np.array([1, 1, 1, 1]), 4) == 1
     assert average_precision(scores, np.array([1, 0, 1, 0]), 4) == pytest.approx((1 + 2 / 3) / 4)
     assert average_precision(scores[::-1], np.array([0, 1, 0, 1]), 4) == pytest.approx((1 + 2 / 3) / 4)
+    assert average_precision(scores, np.array([1, 0, 1, 1]), 3) == pytest.approx((1 + 3 / 4 + 3 / 4) / 3)
     assert average_precision(scores, np.array([0, 0, 0, 0]), 4) == 0
     assert average_precision(scores[:0], np.zeros(0), 4) == 0
     assert math.isnan(average_precision(scores, np.zeros(4), 0))

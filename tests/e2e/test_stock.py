@@ -157,11 +157,6 @@ def test_refusals(stock: Stock, picture: bytes) -> None:
         "unknown option": (400, "InvalidOption", {"content": picture, "headers": JPEG | {"Marina-Colour": "red"}}),
         "range": (400, "InvalidOption", {"content": picture, "headers": JPEG | {"Marina-Score-Threshold": "2"}}),
         "class": (400, "InvalidOption", {"content": picture, "headers": JPEG | {"Marina-Classes": "unicorn"}}),
-        "form": (
-            400,
-            "EmptyBody",
-            {"content": picture, "headers": {"Content-Type": "application/x-www-form-urlencoded"}},
-        ),
         "explain": (400, "InvalidOption", {"content": picture, "headers": JPEG | {"explain": "True"}}),
     }
     for name, (status, kind, request) in wrong.items():
@@ -187,15 +182,19 @@ def test_neighbours_in_a_batch_do_not_matter(stock: Stock, picture: bytes) -> No
     requests = [(body, JPEG) for body in [*bodies, huge.getvalue()]]
     requests.append((picture, JPEG | {"Marina-Score-Threshold": "0.9", "Marina-Format": "coco"}))
 
-    def ask(request: tuple[bytes, dict[str, str]]) -> tuple[int, str]:
-        answer = stock.post("shapes", content=request[0], headers=request[1])
-        return answer.status_code, answer.text
+    def ask(request: tuple[bytes, dict[str, str]]) -> httpx.Response:
+        return stock.post("shapes", content=request[0], headers=request[1])
 
     alone = [ask(request) for request in requests]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         together = list(pool.map(ask, requests))
-    assert [status for status, _ in alone] == [400, 400, 200, 200, 200, 200, 200, 200]
-    assert together == alone
+    assert [answer.status_code for answer in alone] == [400, 400, 200, 200, 200, 200, 200, 200]
+    assert [answer.status_code for answer in together] == [answer.status_code for answer in alone]
+    for one, other in zip(alone[:2] + alone[7:], together[:2] + together[7:], strict=True):
+        assert one.json() == other.json()
+    # Pictures of one shape share a forward pass, which may round the last digit otherwise.
+    for one, other in zip(alone[2:7], together[2:7], strict=True):
+        assert same_detections(one.json(), other.json(), 0.005)
 
 
 def test_formats(stock: Stock, picture: bytes) -> None:
@@ -225,6 +224,11 @@ def test_curl_lines_as_printed(stock: Stock, picture: bytes, tmp_path: Path) -> 
     assert same_detections(curl("-X", "POST", url + "/1.0", "-T", "dog.jpg"), expected)
     assert same_detections(curl(url, "-F", "data=@dog.jpg"), expected)
     assert same_detections(curl(url, "--data-binary", "@dog.jpg", "-H", "Content-Type: image/jpeg"), expected)
-    refused = curl(url, "--data-binary", "@dog.jpg")
+    # Bytes with a stray per cent sign are no form either: TorchServe refuses those before it asks the handler.
+    assert b"%" in picture
+    assert curl(url, "--data-binary", "@dog.jpg")["type"] == "ErrorDataDecoderException"
+    Image.new("RGB", (8, 8)).save(tmp_path / "dot.png")
+    assert b"%" not in (tmp_path / "dot.png").read_bytes()
+    refused = curl(url, "--data-binary", "@dot.png")
     assert refused["type"] == "EmptyBody"
     assert "-H 'Content-Type: image/jpeg'" in refused["message"]

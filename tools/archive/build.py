@@ -21,13 +21,13 @@ from handlers.labels import load_labels
 from handlers.settings import Golden, Settings
 from model_defs import DEFINITIONS
 from tools.archive.closure import SOURCE, modules_for
-from tools.archive.dryload import CleanProcess, DryLoad
+from tools.archive.dryload import CleanProcess
 from tools.archive.reader import MANIFEST, PROVENANCE, open_archive
 from tools.archive.recipe import Recipe
 from tools.archive.sources import find_weights, sha256_of
-from tools.archive.verify import check_entries
+from tools.archive.verify import check_digests, check_entries
 from tools.archive.writer import ArchiveWriter, timestamp, write_archive
-from tools.checkpoint import Checkpoint, open_checkpoint, write_safetensors
+from tools.checkpoint import Checkpoint, open_checkpoint, safetensors_parts
 
 WEIGHTS = "model.safetensors"
 LABELS = "index_to_name.json"
@@ -50,10 +50,13 @@ class Built:
     notes: list[str]
 
 
-def build_archive(recipe: Recipe, output: Path, weights: Path | None = None) -> Built:
+def build_archive(
+    recipe: Recipe, output: Path, weights: Path | None = None, process: CleanProcess | None = None
+) -> Built:
     """Build and verify the archive of a recipe; `output` is replaced at the very end, or not touched at all.
 
-    weights: the file to take instead of the recipe's. Raises BadSettings, BadArchive or ToolError with one line.
+    weights: the file to take instead of the recipe's. process: one that was started before, to save time.
+    Raises BadSettings, BadArchive or ToolError with one line.
     """
     labels = _check(recipe)
     settings = _settings(recipe)
@@ -71,21 +74,30 @@ def build_archive(recipe: Recipe, output: Path, weights: Path | None = None) -> 
         for name, code in modules.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(code)
-        with CleanProcess(folder) as process:
+        with process or CleanProcess() as process:
+            process.import_code(folder)
             notes = _check_weights(recipe, checkpoint, labels)
             with write_archive(draft, digests) as writer:
                 _add_parts(writer, recipe, settings, config, modules)
                 with writer.open(WEIGHTS) as sink:
-                    write_safetensors(sink, checkpoint.tensors, checkpoint.metadata)
+                    for part in safetensors_parts(checkpoint.tensors, checkpoint.metadata):
+                        sink.write(part)
             with open_archive(draft) as archive:
                 archive.extract(folder)
-            dry = process.run(config)
+                process.load(config)
+                # In the meantime: the large entries now, so that the last check need not wait for them.
+                check_digests(archive, digests)
+            checked = set(digests)
+            provenance = _provenance(recipe, source, checkpoint)
+            dry = process.result()
         with write_archive(draft, digests) as writer:
             for golden, answer in zip(settings.golden, dry.answers, strict=True):
                 if golden.detections not in digests:
                     writer.add(golden.detections, _json(_coarse(answer)))
-            writer.add(PROVENANCE, _json(_provenance(recipe, source, checkpoint, dry, digests)))
-        check_entries(draft)
+            provenance["verified_with"] = dry.versions
+            provenance["entries"] = {name: digests[name] for name in sorted(digests)}
+            writer.add(PROVENANCE, _json(provenance))
+        check_entries(draft, checked)
         draft.replace(output)
     return Built(output, output.stat().st_size, dry.answers, notes)
 
@@ -185,9 +197,8 @@ def _manifest(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _provenance(
-    recipe: Recipe, source: Path, checkpoint: Checkpoint, dry: DryLoad, digests: Mapping[str, Mapping[str, int | str]]
-) -> dict[str, Any]:
+def _provenance(recipe: Recipe, source: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is known before the archive has run."""
     return {
         "recipe": recipe.model_dump(mode="json"),
         "weights": {
@@ -197,8 +208,6 @@ def _provenance(
             "parameters": sum(tensor.numel for tensor in checkpoint.tensors.values()),
         },
         "marina": {"version": metadata.version("marina"), "revision": _revision()},
-        "verified_with": dry.versions,
-        "entries": {name: digests[name] for name in sorted(digests)},
     }
 
 

@@ -34,12 +34,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from tools.archive.build import build_archive
-    from tools.archive.recipe import load_recipe
+    from tools.archive.dryload import CleanProcess
 
-    recipe = load_recipe(args.recipe)
-    output = args.output or DEFAULT_STORE / f"{recipe.name}.mar"
-    built = build_archive(recipe, output, args.weights)
+    # Before all else: importing torch takes longest.
+    with CleanProcess() as process:
+        from tools.archive.build import build_archive
+        from tools.archive.recipe import load_recipe
+
+        recipe = load_recipe(args.recipe)
+        output = args.output or DEFAULT_STORE / f"{recipe.name}.mar"
+        built = build_archive(recipe, output, args.weights, process)
     for note in built.notes:
         print(f"note: {note}")
     found = sum(len(answer["detections"]) for answer in built.answers)

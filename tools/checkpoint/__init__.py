@@ -8,8 +8,8 @@ A tensor's bytes are read when they are asked for, so that a conversion holds on
 """
 
 from tools.checkpoint.reader import Checkpoint, open_checkpoint
-from tools.checkpoint.safetensors_format import write_safetensors
+from tools.checkpoint.safetensors_format import safetensors_parts, write_safetensors
 from tools.checkpoint.tensors import LazyTensor
 from tools.checkpoint.unpickle import UnsafePickle
 
-__all__ = ["Checkpoint", "LazyTensor", "UnsafePickle", "open_checkpoint", "write_safetensors"]
+__all__ = ["Checkpoint", "LazyTensor", "UnsafePickle", "open_checkpoint", "safetensors_parts", "write_safetensors"]

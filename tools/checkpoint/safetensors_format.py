@@ -3,7 +3,6 @@ then the tensors' bytes, which follow one another without gap or overlap."""
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -98,15 +97,28 @@ def _fetch(file: BinaryIO, begin: int, stop: int) -> bytes:
 def write_safetensors(
     target: Sink | Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Write `tensors` and return the sha256 of what was written. Equal input gives equal bytes.
+    """Write `safetensors_parts` and return the sha256 of what was written.
 
-    A path is written through a temporary file beside it. The header lists the tensors in the order given; their
-    bytes lie with wide elements first, so that each tensor is aligned to its element size, as readers that map the
-    file expect.
+    A path is written through a temporary file beside it.
     """
     if isinstance(target, Path):
         with replacing(target) as file:
             return write_safetensors(file, tensors, metadata)
+    digest = hashlib.sha256()
+    for part in safetensors_parts(tensors, metadata):
+        target.write(part)
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def safetensors_parts(
+    tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | bytearray]:
+    """The bytes of a file that holds `tensors`, piece by piece. Equal input gives equal bytes.
+
+    The header lists the tensors in the order given; their bytes lie with wide elements first, so that each tensor
+    is aligned to its element size, as readers that map the file expect.
+    """
     if "__metadata__" in tensors:
         raise ToolError("a tensor named '__metadata__' cannot be stored in a safetensors file; rename it")
     by_width = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].itemsize)
@@ -121,12 +133,9 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
 
-    digest = hashlib.sha256()
-    parts = itertools.chain((len(text).to_bytes(8, "little"), text), (tensors[name].read() for name in by_width))
-    for part in parts:
-        target.write(part)
-        digest.update(part)
-    return digest.hexdigest()
+    yield len(text).to_bytes(8, "little") + text
+    for name in by_width:
+        yield tensors[name].read()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from torchvision.ops import box_iou
 
 import model_defs
 from handlers.boxes import select
+from handlers.errors import MarinaError
 from handlers.geometry import clip, letterbox, plan_letterbox, unletterbox
 from handlers.options import Options
 from handlers.settings import Preprocess
@@ -149,11 +151,19 @@ def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """The state dict in half precision, written beside `path` and then renamed."""
+    """The state dict in half precision, as safetensors."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    write_whole(path, save({key: value.contiguous() for key, value in state.items()}))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """All of `content` or, where writing fails, what was there before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(save({key: value.contiguous() for key, value in state.items()}))
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @torch.inference_mode()
@@ -179,14 +189,14 @@ def evaluate(model: Detector, pictures: int) -> dict[str, float]:
         found = detect(model, pixels, 0.001)
         positives += np.bincount(truth[:, 0].long(), minlength=len(CLASSES))
         rows += zip(found.labels.tolist(), found.scores.tolist(), hits(found, truth), strict=True)
-    labels, scores, hit = (np.array(column) for column in zip(*rows, strict=True))
+    labels, scores, hit = np.array(rows, dtype=float).reshape(-1, 3).T
     result = {
         name: average_precision(scores[labels == index], hit[labels == index], positives[index])
         for index, name in enumerate(CLASSES)
     }
-    result["mAP50"] = float(np.mean(list(result.values())))
-    shown = scores > 0.25
-    return result | {"precision": hit[shown].mean(), "recall": hit[shown].sum() / positives.sum()}
+    result["mAP50"] = float(np.nanmean(list(result.values())))
+    right, shown = float(hit[scores > 0.25].sum()), int((scores > 0.25).sum())
+    return result | {"precision": right / max(shown, 1), "recall": right / positives.sum()}
 
 
 def hits(found: Detections, truth: Tensor) -> list[bool]:
@@ -206,8 +216,13 @@ def hits(found: Detections, truth: Tensor) -> list[bool]:
 
 
 def average_precision(scores: np.ndarray, hit: np.ndarray, positives: int) -> float:
-    """The area under precision over recall, precision being the best at that recall or above."""
-    hit = hit[np.argsort(-scores, kind="stable")]
+    """The area under precision over recall, precision being the best at that recall or above; NaN without objects.
+
+    scores, hit: `[N]`, in any order. positives: how many objects there are to find.
+    """
+    if not positives:
+        return math.nan
+    hit = hit[np.argsort(-scores, kind="stable")].astype(bool)
     found = np.cumsum(hit)
     precision = found / np.arange(1, len(hit) + 1)
     best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
@@ -225,18 +240,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--pictures", type=int, default=300, help="held-out pictures to evaluate on")
     arguments = parser.parse_args(argv)
+    try:
+        run(arguments)
+    except (MarinaError, OSError) as error:
+        print(f"marina: {error}", file=sys.stderr)
+        return 1
+    return 0
 
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, then evaluate the weights as they have been written."""
+    for name in ("steps", "batch", "threads", "pictures"):
+        if getattr(arguments, name) < 1:
+            raise ToolError(f"--{name} is {getattr(arguments, name)}; give a number from 1")
     torch.set_num_threads(arguments.threads)
     arguments.output.mkdir(parents=True, exist_ok=True)
     names = {str(index): name for index, name in enumerate(CLASSES)}
-    (arguments.output / "index_to_name.json").write_text(json.dumps(names, indent=2) + "\n")
+    write_whole(arguments.output / "index_to_name.json", (json.dumps(names, indent=2) + "\n").encode())
     train(arguments.output, arguments.steps, arguments.batch, arguments.rate, arguments.seed, arguments.start)
 
     model = model_defs.build("yolov5", len(CLASSES), size="n")
     load_state(model, read_safetensors(arguments.output / "shapes.safetensors"))
     for name, value in evaluate(model.eval(), arguments.pictures).items():
         print(f"{name:10} {value:.4f}")
-    return 0
 
 
 if __name__ == "__main__":
