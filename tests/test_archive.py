@@ -149,10 +149,10 @@ def test_diff_speaks_in_terms_of_the_recipe(shapes: Path, recipe_folder: Path, t
     (recipe_folder / "index_to_name.json").write_text(json.dumps(labels))
     content = yaml.safe_load((recipe_folder / "archive.yaml").read_text())
     golden = [{"image": entry["image"]} for entry in content["golden"]]
-    change(recipe_folder, postprocess={"score_threshold": 0.4}, golden=golden)
+    change(recipe_folder, postprocess={"score_threshold": 0.5, "class_agnostic": True}, golden=golden)
     other = build_archive(load_recipe(recipe_folder), tmp_path / "b.mar").path
     lines = diff_archives(shapes, other)
-    assert "postprocess.score_threshold: 0.25 -> 0.4" in lines
+    assert "postprocess.score_threshold: 0.4 -> 0.5" in lines
     assert any(line.startswith("labels.0: ") and line.endswith(" -> disc") for line in lines)
     assert main(["archive", "diff", str(shapes), str(other)]) == 1
     assert main(["archive", "diff", str(shapes), str(shapes)]) == 0
