@@ -195,6 +195,7 @@ def tiff_with_tile(side: int) -> bytes:
 
 BOMBS = {
     "png": png(60000, 60000),
+    "png-header": png(60000, 60000)[:33],  # all that a client needs to send
     "png-just-above": png(10000, 5001),
     "webp-extended": webp(b"VP8X", bytes(4) + (16382).to_bytes(3, "little") * 2),
     "webp-lossless": webp(b"VP8L", b"\x2f" + (16382 | 16382 << 14).to_bytes(4, "little") + bytes(8)),

@@ -124,7 +124,7 @@ def has(found: Detections, expected, pixels=0.5, score=0.001):
 
 
 # Small pictures and few proposals, for the sake of time.
-SMALL = {"min_size": 160, "max_size": 240}
+SMALL = {"min_size": 128, "max_size": 192}
 ARGUMENTS = {
     name: {} if name.startswith("ssd") else SMALL | ({"rpn_post_nms_top_n_test": 60} if "rcnn" in name else {})
     for name in TORCHVISION
@@ -160,12 +160,14 @@ def test_answers_equal_torchvisions_own_model(definition):
             assert len(ours) == (most if len(expected["scores"]) == most else len(theirs))
         limits.score_thresh = expected["scores"].max().item() / 2
     with torch.inference_mode():
-        (before,) = detector.candidates(picture[None], 0.0)
+        (before,) = detector.candidates(picture[None], limits.score_thresh)
         detector.optimise()
-        (after,) = detector.candidates(picture[None], 0.0)
+        (after,) = detector.candidates(picture[None], limits.score_thresh)
     best = before.scores.argsort(descending=True)[:100].tolist()
     wanted = [{"box": before.boxes[i], "score": before.scores[i], "label": before.labels[i]} for i in best]
-    assert sum(has(after, row, pixels=0.01, score=1e-4) for row in wanted) >= 95  # made-up weights give near-ties
+    assert (
+        sum(has(after, row, 0.01, 1e-4) for row in wanted) >= 0.95 * len(wanted) > 5
+    )  # made-up weights give near-ties
 
 
 def rows(boxes, labels, scores):

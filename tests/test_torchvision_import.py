@@ -22,8 +22,8 @@ def test_torchvision_comes_without_the_compiler_and_the_compiler_still_works(rep
         from handlers.torchvision_import import import_torchvision
         import_torchvision()
         import_torchvision()
-        print("torch._dynamo" in sys.modules, "sympy" in sys.modules)
         import torch, torchvision
+        print("torch._dynamo" in sys.modules, "sympy" in sys.modules)
         from torchvision.models.detection import fasterrcnn_resnet50_fpn
         from torchvision.ops import nms
         print(nms(torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8]]), torch.tensor([0.5, 0.9]), 0.5).tolist())

@@ -157,7 +157,7 @@ def test_refusals(stock: Stock, picture: bytes) -> None:
         "unknown option": (400, "InvalidOption", {"content": picture, "headers": JPEG | {"Marina-Colour": "red"}}),
         "range": (400, "InvalidOption", {"content": picture, "headers": JPEG | {"Marina-Score-Threshold": "2"}}),
         "class": (400, "InvalidOption", {"content": picture, "headers": JPEG | {"Marina-Classes": "unicorn"}}),
-        "explain": (400, "InvalidOption", {"content": picture, "headers": JPEG | {"explain": "True"}}),
+        "explain": (400, "InvalidOption", {"content": picture, "headers": JPEG, "path": "explanations"}),
     }
     for name, (status, kind, request) in wrong.items():
         answer = stock.post("shapes", **request)
