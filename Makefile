@@ -31,8 +31,8 @@ $(STOCK)/.installed: $(VENV)/.installed docker/requirements.lock
 install: $(VENV)/.installed ## The environment in .venv
 
 .PHONY: demo
-demo: $(VENV)/.installed ## Build `shapes`, serve it, ask it; ends at Ctrl-C, or at once with ONCE=1
-	$(RUN)/python -m tools.demo $(if $(ONCE),--once)
+demo: $(VENV)/.installed ## Build `shapes`, serve it, ask it, until Ctrl-C; ONCE=1 ends at once, PORT=… for another than 8080
+	$(RUN)/python -m tools.demo $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
 
 .PHONY: lint
 lint: $(VENV)/.installed ## Style and types

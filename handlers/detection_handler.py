@@ -41,15 +41,18 @@ class DetectionHandler(VisionHandler):
         return [answer.body for answer in answers]
 
     def preprocess(self, data: list[dict[str, Any]], context: Any) -> list[Job | Answer]:
-        return [self._read(row, context.get_all_request_header(index) or {}) for index, row in enumerate(data)]
+        return [
+            self._read(row, context.get_all_request_header(index) or {}, context.get_request_id(index) or "")
+            for index, row in enumerate(data)
+        ]
 
-    def _read(self, row: dict[str, Any], headers: dict[str, Any]) -> Job | Answer:
+    def _read(self, row: dict[str, Any], headers: dict[str, Any], request_id: str) -> Job | Answer:
         if headers.get("describe") == "True":
             return Answer(json.dumps(self.pipeline.describe()).encode(), JSON)
         if headers.get("explain") == "True":
             error = InvalidOption("explanations are not available for detectors; use /predictions")
             return Answer(*error_answer(error), error.status, error.phrase)
-        return self.pipeline.read(row, headers)
+        return self.pipeline.read(row, headers, request_id)
 
     def inference(self, data: list[Job | Answer]) -> list[Job | Answer]:
         self.pipeline.infer([job for job in data if isinstance(job, Job)])

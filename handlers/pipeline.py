@@ -57,6 +57,7 @@ class Item:
     """One picture on its way. tensor: `[3, h, w]` uint8 as the network will see it."""
 
     options: Options
+    request_id: str = ""
     height: int = 0
     width: int = 0
     pixels: np.ndarray | None = None
@@ -163,16 +164,19 @@ class Pipeline:
         items = [self._item(Instance(picture, {})) for _ in range(min(batch_size, MAX_FORWARD))]
         self._infer_items(items)
 
-    def read(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Job:
-        """One request as far as its tensors. Raises nothing: an error goes into the job."""
+    def read(self, row: Mapping[str, Any], headers: Mapping[str, Any], request_id: str = "") -> Job:
+        """One request as far as its tensors. Raises nothing: an error goes into the job.
+
+        request_id: what the log calls the request, should the model fail on it.
+        """
         try:
             request = read_request(row, headers, self.settings.limits)
         except RequestError as error:
             return Job(error=error)
-        return Job([self._item(instance) for instance in request.instances], request.kserve)
+        return Job([self._item(instance, request_id) for instance in request.instances], request.kserve)
 
-    def _item(self, instance: Instance) -> Item:
-        item = Item(self.defaults)
+    def _item(self, instance: Instance, request_id: str = "") -> Item:
+        item = Item(self.defaults, request_id)
         try:
             item.options = parse_options(instance.options, self.defaults, self.labels)
             with item.timed("decode"):
@@ -225,14 +229,12 @@ class Pipeline:
                     item.timing_ms["inference"] = elapsed
                     with item.timed("postprocess"):
                         item.detections = self._finish(item, candidates)
-        except Exception as error:  # whatever the network raises concerns this batch only
+        except Exception:  # noqa: BLE001  # whatever the network raises concerns this batch only
             if len(items) > 1:
                 for item in items:
                     self._forward([item])
                 return
-            logger.exception("the model failed on a picture of %dx%d", items[0].width, items[0].height)
-            items[0].error = ModelFailure("the model failed on this picture; the server's log has the cause")
-            items[0].error.__cause__ = error
+            items[0].error = _model_failure(items[0].request_id)
         finally:
             for item in items:
                 item.tensor = None
@@ -255,6 +257,9 @@ class Pipeline:
             return Answer(*render(detections, item.options.format, context, item.pixels))
         except RequestError as error:
             return Answer(*error_answer(error), error.status, error.phrase)
+        except Exception:  # noqa: BLE001  # such as boxes that are no numbers: the neighbours get their answers
+            failure = _model_failure(job.items[0].request_id if job.items else "")
+            return Answer(*error_answer(failure), failure.status, failure.phrase)
 
     def _kserve_prediction(self, index: int, item: Item) -> Any:
         if item.options.format in ("yolo", "image"):
@@ -310,11 +315,21 @@ def dry_run(folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"answers": answers, "versions": versions}
 
 
+def _model_failure(request_id: str) -> ModelFailure:
+    """For the client, while the exception being handled goes to the log."""
+    logger.exception("request %s: the model failed on a picture", request_id or "without id")
+    return ModelFailure("the model failed on this picture; the server's log has the cause")
+
+
 def _set_threads(config: Mapping[str, Any]) -> None:
     """Cores divided by workers: TorchServe starts as many workers as there are cores, and torch as many
     threads in each, which then wait for each other."""
     cores = len(os.sched_getaffinity(0))
     workers = config.get("maxWorkers", cores)
+    if type(workers) is not int:
+        raise BadSettings(
+            f"maxWorkers is {workers!r} in model-config.yaml, not a whole number; TorchServe ignores it so"
+        )
     torch.set_num_threads(max(1, cores // max(1, workers)))
 
 

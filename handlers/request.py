@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from handlers.errors import EmptyBody, ImageTooLarge, InvalidImage, InvalidOption, UnsupportedMedia
+from handlers.errors import EmptyBody, ImageTooLarge, InvalidImage, InvalidOption, RequestError, UnsupportedMedia
 from handlers.image import sniff
 from handlers.settings import Limits
 
@@ -57,15 +57,17 @@ def read_request(row: Mapping[str, Any], headers: Mapping[str, Any], limits: Lim
     # `/invocations` finds its model by this query parameter, and passes it on.
     options |= {name: value for name, value in row.items() if name not in (*PICTURE_FIELDS, "model_name")}
     value = row[given[0]]
+    if isinstance(value, bytes | bytearray):
+        value = _parse_json(bytes(value), headers)
     if isinstance(value, dict):
         return _read_json(value, options, limits)
     if isinstance(value, list):
         raise InvalidImage('the body is a JSON list; send {"instances": [{"b64": "..."}]} or the picture itself')
     if isinstance(value, str):
         return Request([Instance(_from_text(value, limits), options)])
-    if not isinstance(value, bytes | bytearray):
+    if not isinstance(value, bytes):
         raise InvalidImage(f"the body is a JSON {type(value).__name__}; send the picture itself")
-    return Request([Instance(_read_bytes(bytes(value), headers, limits), options)])
+    return Request([Instance(_read_bytes(value, limits), options)])
 
 
 def _nothing_sent(row: Mapping[str, Any], headers: Mapping[str, Any]) -> EmptyBody:
@@ -93,17 +95,24 @@ def _header_options(headers: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_bytes(body: bytes, headers: Mapping[str, Any], limits: Limits) -> bytes:
+def _parse_json(body: bytes, headers: Mapping[str, Any]) -> Any:
+    """TorchServe passes JSON on as bytes when it does not parse, or when no content type says that it is JSON."""
+    declared = "json" in _header(headers, "content-type")
+    if not body or sniff(body) or not (declared or body.lstrip(_WHITESPACE).startswith(b"{")):
+        return body
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        if declared:
+            raise InvalidImage(f'the body says it is JSON but is not: {error}; send {{"b64": "..."}}') from error
+        return body
+
+
+def _read_bytes(body: bytes, limits: Limits) -> bytes:
     if not body:
         raise EmptyBody(f"no picture arrived: the body is empty; use {EXAMPLE}")
     if sniff(body):
         return body
-    # TorchServe passes on JSON that does not parse as plain bytes.
-    if "json" in _header(headers, "content-type"):
-        try:
-            json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise InvalidImage(f"the body says it is JSON but is not: {error}") from error
     if body.startswith(b"data:") or _is_base64(body):
         return _from_base64(body.decode("ascii", errors="replace"), limits)
     return body
@@ -131,7 +140,13 @@ def _read_json(value: dict[str, Any], options: dict[str, Any], limits: Limits) -
             f'"instances" has {len(instances)} pictures, more than the {MAX_INSTANCES} allowed; send less'
         )
     options = options | {name: member for name, member in value.items() if name != "instances"}
-    return Request([_read_instance(instance, options, limits) for instance in instances], kserve=True)
+    read = []
+    for index, instance in enumerate(instances):
+        try:
+            read.append(_read_instance(instance, options, limits))
+        except RequestError as error:
+            raise type(error)(f"instances[{index}]: {error}") from error
+    return Request(read, kserve=True)
 
 
 def _read_instance(value: Any, options: dict[str, Any], limits: Limits) -> Instance:
@@ -151,7 +166,9 @@ def _from_base64(text: str, limits: Limits) -> bytes:
     try:
         body = base64.b64decode(text.encode("ascii").translate(None, _WHITESPACE), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidImage(f"the base64 text cannot be decoded ({error})") from error
+        raise InvalidImage(
+            f"the base64 text {text[:20]!r}... cannot be decoded ({error}); send standard base64 (RFC 4648 section 4)"
+        ) from error
     if not body:
         raise EmptyBody("no picture arrived: the base64 text is empty")
     return body

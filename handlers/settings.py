@@ -20,6 +20,8 @@ STRICT = {"extra": "forbid", "strict": True}
 # TorchServe's limit on an answer, beyond which it kills the worker.
 MAX_DETECTIONS = 1000
 MAX_LABEL_LENGTH = 256
+# Pillow refuses to decode more (twice PIL.Image.MAX_IMAGE_PIXELS).
+MOST_PIXELS = 178_956_970
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
@@ -79,7 +81,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         _check_range("max_bytes", self.max_bytes, 1, 1_000_000_000)
-        _check_range("max_pixels", self.max_pixels, 1, 1_000_000_000)
+        _check_range("max_pixels", self.max_pixels, 1, MOST_PIXELS)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def load_state(detector: Detector, state: dict[str, Tensor]) -> None:
         background = " (background counted)" if detector.has_background else ""
         raise BadArchive(
             f"the weights are for {classes} classes{background}, but the labels name {detector.num_classes};"
-            " give index_to_name.json exactly one name a class"
+            " take the weights that belong to these labels, or give index_to_name.json one name a class"
         )
     state = detector.prepare_state(dict(state))
     expected = detector.state_dict()

@@ -288,3 +288,13 @@ def test_official_weights_build_and_are_not_run(shared: Path, repository: Path, 
     built = build_archive(recipe, tmp_path / "a.mar", shared / "real/agpl/yolov5n.pt")
     assert [found["label"] for found in built.answers[1]["detections"]] == ["cat"]
     assert inspect_archive(built.path)["license"] == "AGPL-3.0"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    output = tmp_path / "file" / "a.mar"
+    assert main(["archive", "build", str(repository / "archives/shapes"), "--output", str(output)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--output" in line

@@ -1,6 +1,7 @@
 """Every form in which TorchServe hands a request over."""
 
 import base64
+import json
 
 import pytest
 from hypothesis import given
@@ -92,9 +93,9 @@ def test_no_picture(row, headers, message):
 @pytest.mark.parametrize(
     ("row", "headers", "message"),
     [
-        ({"body": {"b64": "a"}}, JSON, "base64 text cannot be decoded"),
-        ({"body": {"b64": "abc!"}}, JSON, "base64 text cannot be decoded"),
-        ({"body": b"data:image/png,abc"}, {}, "base64 text cannot be decoded"),
+        ({"body": {"b64": "a"}}, JSON, "cannot be decoded"),
+        ({"body": {"b64": "abc!"}}, JSON, "cannot be decoded"),
+        ({"body": b"data:image/png,abc"}, {}, "cannot be decoded"),
         ({"body": b'{"b64": '}, JSON, "says it is JSON but is not"),
         ({"body": b"\xff\xfe"}, {"CONTENT-TYPE": "application/json; charset=utf-8"}, "says it is JSON but is not"),
         ({"body": b"[" * 200_000}, JSON, "says it is JSON but is not"),
@@ -171,3 +172,14 @@ def test_anything_is_read_or_refused(row, headers):
 def test_text_is_no_picture(text):
     with pytest.raises(UnsupportedMedia, match="the body is text"):
         read({"body": text}, {"Content-Type": "text/plain"})
+
+
+def test_json_without_a_content_type():
+    body = json.dumps({"b64": TEXT, "score_threshold": 0.5}).encode()
+    (instance,) = read({"body": bytearray(body)}, {}).instances
+    assert instance.options == {"score_threshold": 0.5}
+
+
+def test_the_instance_at_fault_is_named():
+    with pytest.raises(InvalidImage, match=r"^instances\[1\]: the base64 text '@@@'"):
+        read({"body": {"instances": [{"b64": TEXT}, {"b64": "@@@"}]}}, JSON)

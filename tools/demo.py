@@ -62,6 +62,7 @@ def ask(server: TorchServe) -> bool:
 
 def ask_and_stay(server: TorchServe) -> bool:
     ask(server)
+    print(f"serving at {server.url} until Ctrl-C", flush=True)
     return True
 
 

@@ -28,6 +28,7 @@ from tools.archive.sources import find_weights, sha256_of
 from tools.archive.verify import check_digests, check_entries
 from tools.archive.writer import ArchiveWriter, timestamp, write_archive
 from tools.checkpoint import Checkpoint, open_checkpoint, safetensors_parts
+from tools.errors import ToolError
 
 WEIGHTS = "model.safetensors"
 LABELS = "index_to_name.json"
@@ -58,7 +59,17 @@ def build_archive(
     weights: the file to take instead of the recipe's. process: one that was started before, to save time.
     Raises BadSettings, BadArchive or ToolError with one line.
     """
-    labels = _check(recipe)
+    try:
+        return _build(recipe, output, weights, process)
+    except OSError as error:
+        raise ToolError(
+            f"{error.filename or output}: {error.strerror or error}; write the archive elsewhere with --output, or set"
+            " TMPDIR to a folder with room"
+        ) from error
+
+
+def _build(recipe: Recipe, output: Path, weights: Path | None, process: CleanProcess | None) -> Built:
+    labels = check_recipe(recipe)
     settings = _settings(recipe)
     config = model_config(recipe, settings)
     source = find_weights(recipe, weights)
@@ -102,7 +113,7 @@ def build_archive(
     return Built(output, output.stat().st_size, dry.answers, notes)
 
 
-def _check(recipe: Recipe) -> list[str]:
+def check_recipe(recipe: Recipe) -> list[str]:
     """What can be known before anything is written; the labels come back."""
     if recipe.model.definition not in DEFINITIONS:
         raise BadSettings(

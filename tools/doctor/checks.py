@@ -240,7 +240,7 @@ def check_store(store: Path) -> Finding:
 
 
 def check_target(target: Path) -> Finding:
-    """An archive is opened and, if Marina built it, loaded in a clean process; a recipe is parsed."""
+    """An archive is opened and, if Marina built it, loaded in a clean process; a recipe is parsed, its weights sought."""
     is_archive = target.suffix == ".mar" or zipfile.is_zipfile(target)
     try:
         return _check_archive(target) if is_archive else _check_recipe(target)
@@ -263,9 +263,14 @@ def _check_archive(target: Path) -> Finding:
 
 
 def _check_recipe(target: Path) -> Finding:
-    from tools.archive.recipe import load_recipe
+    from tools.archive.build import check_recipe
+    from tools.archive.recipe import is_remote, load_recipe
+    from tools.archive.sources import find_weights
 
     recipe = load_recipe(target)
+    check_recipe(recipe)
+    if not is_remote(recipe.weights.file):
+        find_weights(recipe, None)
     return Finding("ok", "recipe", f"{target}: {recipe.name} {recipe.version}")
 
 
