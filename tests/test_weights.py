@@ -128,7 +128,7 @@ STEM, HEAD = "model.0.conv.weight", "model.24.m.0.bias"
         ({HEAD: torch.tensor(5.0)}, "the weights are for -5 classes, but the labels name 3"),
         (
             {HEAD: torch.zeros(3 * 85)},
-            "the weights are for 80 classes, but the labels name 3; take the weights that belong",
+            "the weights are for 80 classes, but the labels name 3; take the weights",
         ),
         ({"model.24.anchors": torch.zeros(3, 2, 2)}, r"1 of another shape \(model.24.anchors \[3, 2, 2\]"),
         ({"model.24.anchors": torch.tensor(0.0)}, r"1 of another shape \(model.24.anchors \[\] for"),

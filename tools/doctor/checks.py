@@ -240,7 +240,7 @@ def check_store(store: Path) -> Finding:
 
 
 def check_target(target: Path) -> Finding:
-    """An archive is opened and, if Marina built it, loaded in a clean process; a recipe is parsed, its weights sought."""
+    """An archive is opened and, if ours, loaded in a clean process; a recipe is parsed, its weights sought."""
     is_archive = target.suffix == ".mar" or zipfile.is_zipfile(target)
     try:
         return _check_archive(target) if is_archive else _check_recipe(target)
