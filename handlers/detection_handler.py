@@ -7,6 +7,7 @@ from typing import Any
 
 from handlers.torchvision_import import import_torchvision
 
+# Before all that imports torchvision the slow way; hence the imports that stand late (E402).
 import_torchvision()
 
 from ts.torch_handler.vision_handler import VisionHandler  # noqa: E402

@@ -29,7 +29,7 @@ def import_torchvision() -> None:
 
     package, utils = ModuleType("torch._dynamo"), ModuleType("torch._dynamo.utils")
     package.__path__ = []
-    utils.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
+    utils.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]  # a module made here
     placeholders = {"torch._dynamo": package, "torch._dynamo.utils": utils}
     sys.modules.update(placeholders)
     try:
