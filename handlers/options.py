@@ -21,7 +21,11 @@ ALLOWED = {
 
 @dataclass(frozen=True)
 class Options:
-    """Thresholds and form of one answer. classes: the label indices wanted, None for all."""
+    """Thresholds and form of one answer.
+
+    classes: the label indices wanted, None for all. multi_label: as in `Detector.candidates`; for evaluation,
+    no request can ask for it.
+    """
 
     score_threshold: float
     iou_threshold: float
@@ -29,6 +33,7 @@ class Options:
     class_agnostic: bool
     classes: frozenset[int] | None
     format: str
+    multi_label: bool = False
 
 
 def default_options(settings: Settings) -> Options:

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +164,12 @@ class Pipeline:
         items = [self._item(Instance(picture, {})) for _ in range(min(batch_size, MAX_FORWARD))]
         self._infer_items(items)
 
+    def detect(self, bodies: Sequence[bytes], options: Options) -> list[Detections | RequestError]:
+        """What the server finds on encoded pictures: an answer, or why there is none, for each, in order."""
+        items = [self._item(Instance(body, {}), options=options) for body in bodies]
+        self._infer_items([item for item in items if item.error is None])
+        return [item.error or item.detections for item in items]  # type: ignore[misc]  # one of them is there
+
     def read(self, row: Mapping[str, Any], headers: Mapping[str, Any], request_id: str = "") -> Job:
         """One request as far as its tensors. Raises nothing: an error goes into the job.
 
@@ -175,10 +181,10 @@ class Pipeline:
             return Job(error=error)
         return Job([self._item(instance, request_id) for instance in request.instances], request.kserve)
 
-    def _item(self, instance: Instance, request_id: str = "") -> Item:
-        item = Item(self.defaults, request_id)
+    def _item(self, instance: Instance, request_id: str = "", options: Options | None = None) -> Item:
+        item = Item(options or self.defaults, request_id)
         try:
-            item.options = parse_options(instance.options, self.defaults, self.labels)
+            item.options = parse_options(instance.options, item.options, self.labels)
             with item.timed("decode"):
                 pixels = decode(instance.body, self.settings.limits)
             with item.timed("preprocess"):
@@ -207,11 +213,12 @@ class Pipeline:
         self._infer_items([item for job in jobs for item in job.items if item.error is None])
 
     def _infer_items(self, items: list[Item]) -> None:
-        groups: dict[tuple[int, ...], list[Item]] = defaultdict(list)
+        groups: dict[tuple[int, int, bool], list[Item]] = defaultdict(list)
         for item in items:
             if item.tensor is not None:
-                groups[tuple(item.tensor.shape)].append(item)
-        for (_, height, width), group in groups.items():
+                _, height, width = item.tensor.shape
+                groups[height, width, item.options.multi_label].append(item)
+        for (height, width, _), group in groups.items():
             size = max(1, min(MAX_FORWARD, MAX_FORWARD_PIXELS // (height * width)))
             for start in range(0, len(group), size):
                 self._forward(group[start : start + size])
@@ -223,12 +230,13 @@ class Pipeline:
             with torch.inference_mode():
                 batch = torch.stack([item.tensor for item in items if item.tensor is not None])
                 images = batch.to(self.device).float().div_(255)
-                found = self.detector.candidates(images, min(item.options.score_threshold for item in items))
+                threshold = min(item.options.score_threshold for item in items)
+                found = self.detector.candidates(images, threshold, items[0].options.multi_label)
                 elapsed = round((time.perf_counter() - start) * 1000, 3)
                 for item, candidates in zip(items, found, strict=True):
                     item.timing_ms["inference"] = elapsed
                     with item.timed("postprocess"):
-                        item.detections = self._finish(item, candidates)
+                        item.detections = finish(candidates, item.options, item.plan, item.height, item.width)
         except Exception:  # noqa: BLE001  # whatever the network raises concerns this batch only
             if len(items) > 1:
                 for item in items:
@@ -238,12 +246,6 @@ class Pipeline:
         finally:
             for item in items:
                 item.tensor = None
-
-    def _finish(self, item: Item, candidates: Detections) -> Detections:
-        boxes, labels, scores = (part.cpu() for part in select(candidates, item.options))
-        if item.plan is not None:
-            boxes = unletterbox(boxes, item.plan)
-        return Detections(clip(boxes, item.height, item.width), labels, scores)
 
     def respond(self, job: Job) -> Answer:
         """The bytes of one request's answer."""
@@ -292,6 +294,17 @@ class Pipeline:
             "response": vars(settings.response),
             "device": str(self.device),
         }
+
+
+def finish(candidates: Detections, options: Options, plan: Letterbox | None, height: int, width: int) -> Detections:
+    """From a network's candidates to detections on a picture of `height` x `width`, on the CPU.
+
+    plan: how the picture was letterboxed, None for a model that resizes by itself.
+    """
+    boxes, labels, scores = (part.cpu() for part in select(candidates, options))
+    if plan is not None:
+        boxes = unletterbox(boxes, plan)
+    return Detections(clip(boxes, height, width), labels, scores)
 
 
 def load_checked(folder: Path, config: Mapping[str, Any], gpu: int | None = None) -> Pipeline:

@@ -32,10 +32,12 @@ class Detector(nn.Module):
     letterbox: bool
     stride: int = 1
 
-    def candidates(self, images: Tensor, score_threshold: float) -> list[Detections]:
+    def candidates(self, images: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
         """Every candidate above `score_threshold`, before non-maximum suppression, in no set order.
 
         images: `[B, 3, H, W]` float, RGB in 0..1. The boxes are in pixels of `H x W`.
+        multi_label: a box is a candidate for every class above the threshold, not for its best alone. The
+            models that score every class by a box of its own always answer so.
         An item's candidates do not depend on its neighbours in the batch.
         """
         raise NotImplementedError

@@ -107,7 +107,7 @@ class TorchvisionDetector(Detector):
         post.nms_thresh, post.detections_per_img = 1.0, NO_LIMIT
         self._post = [post]  # in a list, so that it does not become a submodule twice
 
-    def candidates(self, images: Tensor, score_threshold: float) -> list[Detections]:
+    def candidates(self, images: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
         self._post[0].score_thresh = score_threshold
         # RetinaNet and FCOS score the background, which was never shown to them, like any class.
         return [

@@ -65,11 +65,11 @@ def recorded(monkeypatch, detector, fails=lambda images: False):
     """The shapes that go through the network from now on."""
     shapes, original = [], detector.candidates
 
-    def candidates(images, score_threshold):
+    def candidates(images, *settings):
         shapes.append(tuple(images.shape))
         if fails(images):
             raise RuntimeError("the secret cause")
-        return original(images, score_threshold)
+        return original(images, *settings)
 
     monkeypatch.setattr(detector, "candidates", candidates)
     return shapes
@@ -327,7 +327,7 @@ def test_an_archive_that_answers_as_it_must_is_loaded_and_warm(model, monkeypatc
     monkeypatch.setattr(
         YOLOv5,
         "candidates",
-        lambda self, images, score: shapes.append(images.shape[0]) or original(self, images, score),
+        lambda self, images, *settings: shapes.append(images.shape[0]) or original(self, images, *settings),
     )
     pipeline = load_checked(folder, config | {"batchSize": 8})
     assert shapes == [1, 8]

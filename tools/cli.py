@@ -9,6 +9,9 @@ from handlers.errors import MarinaError
 # A command is imported when it is called, so that the others cost nothing.
 COMMANDS = {
     "import-checkpoint": ("tools.checkpoint.command", "a checkpoint to safetensors, without running it"),
+    "data": ("tools.data.command", "labelled pictures in any form to a data set; look at one; draw one"),
+    "train": ("tools.train.command", "a data set to weights, a report and a recipe"),
+    "evaluate": ("tools.evaluate.command", "how good weights, an archive or a server are; quality gates; comparison"),
     "archive": ("tools.archive.command", "build, inspect, verify and diff .mar files"),
     "serve": ("tools.serve.command", "run TorchServe on a model store"),
     "smoke": ("tools.smoke.command", "ask a running server for health, an answer and a refusal"),

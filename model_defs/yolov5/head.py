@@ -68,17 +68,24 @@ class Detect(nn.Module):
         return torch.cat(levels, dim=1)
 
 
-def candidates(decoded: Tensor, score_threshold: float) -> list[Detections]:
-    """The best class of every box whose score, objectness x class score, is above `score_threshold`.
+def candidates(decoded: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
+    """The best class of every box, or every class if `multi_label`, whose score, objectness x class score, is
+    above `score_threshold`.
 
     `decoded` is `[B, N, 5 + classes]` as `Detect.decode` gives it; the boxes come out as xyxy in input pixels.
     """
     result = []
     for rows in decoded:
         rows = rows[rows[:, 4] > score_threshold]
-        class_score, labels = (rows[:, 5:] * rows[:, 4:5]).max(dim=1)
-        keep = class_score > score_threshold
+        class_scores = rows[:, 5:] * rows[:, 4:5]
+        if multi_label:
+            keep, labels = (class_scores > score_threshold).nonzero(as_tuple=True)
+            scores = class_scores[keep, labels]
+        else:
+            scores, labels = class_scores.max(dim=1)
+            keep = scores > score_threshold
+            scores, labels = scores[keep], labels[keep]
         centre, half = rows[keep, :2], rows[keep, 2:4] / 2
         boxes = torch.cat((centre - half, centre + half), dim=1)
-        result.append(Detections(boxes, labels[keep], class_score[keep]))
+        result.append(Detections(boxes, labels, scores))
     return result

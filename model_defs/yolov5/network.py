@@ -135,8 +135,8 @@ class YOLOv5(Detector):
         """`[B, 3, H, W]` to `[B, N, 5 + classes]`, as `Detect.decode` describes it."""
         return self.head.decode(self.raw(images))
 
-    def candidates(self, images: Tensor, score_threshold: float) -> list[Detections]:
-        return candidates(self(images), score_threshold)
+    def candidates(self, images: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
+        return candidates(self(images), score_threshold, multi_label)
 
     def fuse(self) -> None:
         """Fold every batch normalisation into its convolution."""

@@ -1,21 +1,15 @@
 """The recipe, `archive.yaml`: one file that says everything about an archive."""
 
-import difflib
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from handlers.errors import BadSettings
 from handlers.settings import Limits, Model, Postprocess, Preprocess, Response, Runtime
+from tools.strict import Strict, parse, read_yaml
 
 NAME = r"^[a-z0-9][a-z0-9._-]*$"
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Weights(Strict):
@@ -71,7 +65,7 @@ class Recipe(Strict):
     response: Response = Response()
     runtime: Runtime = Runtime()
     serving: Serving = Serving()
-    golden: list[GoldenEntry] = []
+    golden: list[GoldenEntry] = Field(default_factory=list)
 
     _path: Path = PrivateAttr()
 
@@ -94,18 +88,13 @@ def load_recipe(path: Path) -> Recipe:
     if path.is_dir():
         path = path / "archive.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadSettings(f"recipe {path} cannot be read ({error.strerror}); give an archive.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadSettings(f"recipe {path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise BadSettings(f"recipe {path} is no mapping of keys to values")
+        content = read_yaml(path, "recipe")
+    except ValueError as error:
+        raise BadSettings(f"{error}; give an archive.yaml") from error
     try:
-        # By way of JSON, so that strict types still let a mapping become a section.
-        recipe = Recipe.model_validate_json(json.dumps(content, default=str))
-    except ValidationError as error:
-        raise BadSettings(f"recipe {path}: {_first_problem(error)}") from error
+        recipe = parse(Recipe, content)
+    except ValueError as error:
+        raise BadSettings(f"recipe {path}: {error}") from error
     recipe._path = path.resolve()
     named = [recipe.labels]
     for golden in recipe.golden:
@@ -114,38 +103,3 @@ def load_recipe(path: Path) -> Recipe:
         if not recipe.beside(reference).is_file():
             raise BadSettings(f"recipe {path} names {reference!r}, but {recipe.beside(reference)} is not there")
     return recipe
-
-
-def _first_problem(error: ValidationError) -> str:
-    # A key that nobody knows explains another that is missing.
-    unknown = ("extra_forbidden", "unexpected_keyword_argument")
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] not in unknown)
-    first = problems[0]
-    where = ".".join(map(str, first["loc"])) or "recipe"
-    if first["type"] in unknown:
-        *section, key = first["loc"]
-        close = difflib.get_close_matches(str(key), _keys(section), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(_keys(section))}"
-        text = f"{where}: unknown key; {hint}"
-    elif first["type"] == "missing":
-        text = f"{where}: missing"
-    else:
-        text = f"{where}: {first['msg'].removeprefix('Value error, ')} (it is {_shown(first['input'])})"
-    return text + (f"; and {len(problems) - 1} more" if len(problems) > 1 else "")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _keys(section: list[int | str]) -> list[str]:
-    """The keys that a section of the recipe may have."""
-    kind: Any = Recipe
-    for part in section:
-        if isinstance(part, int):
-            continue
-        kind = kind.model_fields[part].annotation
-        kind = getattr(kind, "__args__", [kind])[0]
-    names = getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", {})
-    return list(names)
