@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torchvision.ops import box_iou
 
 import handlers.pipeline
 from handlers import response
-from handlers.errors import BadArchive, BadSettings, MarinaError
+from handlers.errors import BadArchive, BadSettings, InvalidImage, MarinaError
 from handlers.pipeline import MAX_FORWARD, Job, Pipeline, dry_run, load_checked
 from handlers.settings import parse_settings
 from model_defs import build
@@ -111,6 +112,24 @@ def test_neighbours_of_one_shape_share_a_forward_pass(pipeline, monkeypatch):
             assert mine["label"] == theirs["label"]
             assert mine["score"] == pytest.approx(theirs["score"], abs=1e-4)
             assert mine["box"] == pytest.approx(theirs["box"], abs=0.01)
+
+
+@both
+def test_detect_finds_what_the_server_answers_and_says_what_it_refuses(pipeline):
+    pictures = [encode(scene(240, 320, 1)), b"\xff\xd8\xff no picture", encode(scene(320, 200, 2))]
+    found = pipeline.detect(pictures, pipeline.defaults)
+    assert isinstance(found[1], InvalidImage)
+    for picture, mine in ((pictures[0], found[0]), (pictures[2], found[2])):
+        answered = by_place(detections(ask(pipeline, ({"body": picture}, DETECTIONS))[0]))
+        assert sorted(mine.scores.tolist()) == pytest.approx(sorted(d["score"] for d in answered), abs=1e-4)
+        assert len(mine.boxes) > 10
+
+
+def test_detect_looks_at_every_class_of_a_box_when_asked(small_pipeline):
+    options = replace(small_pipeline.defaults, score_threshold=0.0, iou_threshold=1.0, max_detections=100_000)
+    picture = [encode(scene(240, 320, 1))]
+    (best,), (every,) = (small_pipeline.detect(picture, replace(options, multi_label=m)) for m in (False, True))
+    assert len(every.scores) == min(len(best.scores) * len(LABELS), 30_000)
 
 
 def by_place(found):

@@ -156,6 +156,21 @@ def test_candidates_are_the_best_class_of_each_row(yolov5n):
         assert torch.allclose(boxes[:, 2:] - boxes[:, :2], size, atol=1e-3)
 
 
+def test_with_multi_label_a_row_is_a_candidate_for_every_class_above_the_threshold(yolov5n):
+    model = load(yolov5n)
+    pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        decoded = model(pixels)
+        found = model.candidates(pixels, 1e-4, multi_label=True)
+        best = model.candidates(pixels, 1e-4)
+    for rows, many, one in zip(decoded, found, best, strict=True):
+        expected = rows[:, 5:] * rows[:, 4:5]
+        assert torch.equal(many.scores.sort().values, expected[expected > 1e-4].sort().values)
+        assert len(many.scores) == len(many.labels) == len(many.boxes) > len(one.scores)
+        kept = {(label, score) for label, score in zip(many.labels.tolist(), many.scores.tolist(), strict=True)}
+        assert kept >= {(label, score) for label, score in zip(one.labels.tolist(), one.scores.tolist(), strict=True)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

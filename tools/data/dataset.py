@@ -98,6 +98,8 @@ def _read_split(folder: Path, classes: Sequence[str]) -> list[Picture]:
         for annotation in content["annotations"]:
             x, y, width, height = annotation["bbox"]
             label, crowd = annotation["category_id"] - 1, bool(annotation.get("iscrowd", 0))
+            if not 0 <= label < len(classes):
+                raise ValueError(f"category_id {label + 1}")
             boxes[annotation["image_id"]].append(Box(label, x, y, x + width, y + height, crowd))
         return [
             Picture(
