@@ -1,14 +1,14 @@
 """Detections to the bytes of an answer, in one of the formats of `settings.FORMATS`."""
 
-import colorsys
 import io
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from handlers.drawing import class_colour, draw_boxes
 from handlers.errors import InvalidOption, RequestError
 from model_defs.contract import Detections
 
@@ -104,25 +104,11 @@ def _yolo_text(detections: Detections, context: Context) -> str:
 
 def draw(pixels: np.ndarray, detections: Detections, labels: Sequence[str]) -> bytes:
     """The picture with boxes, names and scores drawn on it, as JPEG; a class keeps its colour."""
-    image = Image.fromarray(pixels)
-    canvas = ImageDraw.Draw(image)
-    line = max(2, round(sum(image.size) / 600))
-    font = ImageFont.load_default(size=max(12, line * 6))
-    for box, label, score in reversed(list(_rows(detections))):
-        colour = _colour(label)
-        canvas.rectangle(box, outline=colour, width=line)
-        text = f"{labels[label]} {score:.2f}"
-        left, top, right, bottom = canvas.textbbox((box[0], box[1]), text, font=font, anchor="lb")
-        drop = max(0, -top)  # a name over the upper border moves into the picture
-        canvas.rectangle((left, top + drop, right, bottom + drop), fill=colour)
-        canvas.text((box[0], box[1] + drop), text, fill="black", font=font, anchor="lb")
-    return _jpeg(image)
-
-
-def _colour(label: int) -> tuple[int, int, int]:
-    """Hues a golden ratio apart never come near each other soon."""
-    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.75, 1.0)
-    return round(red * 255), round(green * 255), round(blue * 255)
+    rows = list(_rows(detections))
+    captions = [f"{labels[label]} {score:.2f}" for _, label, score in rows]
+    return _jpeg(
+        draw_boxes(pixels, [box for box, _, _ in rows], captions, [class_colour(label) for _, label, _ in rows])
+    )
 
 
 def _jpeg(image: Image.Image) -> bytes:

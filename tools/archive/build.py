@@ -70,7 +70,7 @@ def build_archive(
 
 def _build(recipe: Recipe, output: Path, weights: Path | None, process: CleanProcess | None) -> Built:
     labels = check_recipe(recipe)
-    settings = _settings(recipe)
+    settings = settings_of(recipe)
     config = model_config(recipe, settings)
     source = find_weights(recipe, weights)
     modules = {name: path.read_bytes() for name, path in modules_for(recipe.model.definition).items()}
@@ -139,7 +139,8 @@ def _check_weights(recipe: Recipe, checkpoint: Checkpoint, labels: list[str]) ->
     return []
 
 
-def _settings(recipe: Recipe) -> Settings:
+def settings_of(recipe: Recipe) -> Settings:
+    """What the handler of the recipe's archive is told."""
     return Settings(
         name=recipe.name,
         version=recipe.version,

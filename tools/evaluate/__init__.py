@@ -1,0 +1,1 @@
+"""How good weights, an archive or a server are on labelled pictures."""
