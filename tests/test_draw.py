@@ -75,14 +75,24 @@ def test_no_shape_hides_in_another() -> None:
     """What is seen of a shape fills its share of the box, so a covered one would show as an empty box."""
     owner = np.full((100, 100), -1, np.int16)
     big = draw._Stamp(np.ones((60, 60), np.float32), 10, 10)
-    assert draw._claim(owner, big, []) == 3600
+    assert draw._claim(owner, big, [], draw.NORMAL.most_hidden) == 3600
     inside = draw._Stamp(np.ones((20, 20), np.float32), 20, 20)
-    assert draw._claim(owner, inside, [3600]) == 0
+    assert draw._claim(owner, inside, [3600], draw.NORMAL.most_hidden) == 0
     covering = draw._Stamp(np.ones((90, 90), np.float32), 0, 0)
-    assert draw._claim(owner, covering, [3600]) == 0
+    assert draw._claim(owner, covering, [3600], draw.NORMAL.most_hidden) == 0
     touching = draw._Stamp(np.ones((40, 40), np.float32), 60, 60)
-    assert draw._claim(owner, touching, [3600]) == 1600
+    assert draw._claim(owner, touching, [3600], draw.NORMAL.most_hidden) == 1600
     assert (owner == 0).sum() == 3600 - 100
+
+
+@pytest.mark.parametrize(("name", "area"), [("easy", 0), ("normal", 0), ("hard", 3600)])
+def test_how_much_of_a_shape_may_be_hidden_is_a_matter_of_difficulty(name: str, area: int) -> None:
+    owner = np.full((100, 100), -1, np.int16)
+    most_hidden = draw.DIFFICULTIES[name].most_hidden
+    small = draw._Stamp(np.ones((20, 20), np.float32), 10, 10)
+    assert draw._claim(owner, small, [], most_hidden) == 400
+    over_40_percent = draw._Stamp(np.ones((60, 60), np.float32), 22, 10)
+    assert draw._claim(owner, over_40_percent, [400], most_hidden) == area
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,29 @@ from tools.errors import ToolError
 CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 
 SMALLEST_SIDE = 32  # of a picture, in pixels: below, shapes cannot be told apart
-SMALLEST_DIAMETER = 0.06  # of the longer side of the picture
 LARGEST_DIAMETER = 0.6  # of the shorter side
-FIRM_PIXELS = 14  # no shape has a smaller diameter, where the picture can hold it
-MOST_HIDDEN = 0.3  # of a shape's area, by the shapes in front of it
-LEAST_CONTRAST = 75.0  # distance in RGB between a shape and what lies under it
 ATTEMPTS = 20  # to find a place for one more shape
 SUPERSAMPLING = 4
+
+
+class Difficulty(NamedTuple):
+    """smallest_diameter: as a share of the longer side of the picture. firm_pixels: no shape has a smaller diameter,
+    where the picture can hold it. most_hidden: of a shape's area, by the shapes in front of it. least_contrast:
+    distance in RGB between a shape and what lies under it."""
+
+    smallest_diameter: float
+    firm_pixels: int
+    most_hidden: float
+    least_contrast: float
+
+
+# What `shapes` was trained on is normal: its pictures must stay as they are.
+NORMAL = Difficulty(0.06, 14, 0.3, 75.0)
+DIFFICULTIES = {
+    "easy": Difficulty(0.12, 24, 0.0, 120.0),
+    "normal": NORMAL,
+    "hard": Difficulty(0.03, 9, 0.5, 40.0),
+}
 
 
 class Shape(NamedTuple):
@@ -43,12 +59,17 @@ class _Stamp(NamedTuple):
 
 
 def draw_scene(
-    rng: Generator, width: int, height: int, most_shapes: int = 8, classes: tuple[str, ...] = CLASSES
+    rng: Generator,
+    width: int,
+    height: int,
+    most_shapes: int = 8,
+    classes: tuple[str, ...] = CLASSES,
+    difficulty: Difficulty = NORMAL,
 ) -> tuple[Image.Image, list[Shape]]:
     """An RGB picture of one to `most_shapes` shapes on a random background, and what is on it, back to front.
 
-    Shapes hide at most 30 % of another, and the edge of the picture little. Raises ToolError for a picture
-    too small or a class unknown.
+    No shapes are drawn when `most_shapes` is 0. Shapes hide only so much of another as `difficulty` says, and the
+    edge of the picture little. Raises ToolError for a picture too small or a class unknown.
     """
     if min(width, height) < SMALLEST_SIDE:
         raise ToolError(f"a picture of {width}x{height} is too small to draw on; use at least {SMALLEST_SIDE} a side")
@@ -61,13 +82,13 @@ def draw_scene(
     owner = np.full((height, width), -1, dtype=np.int16)  # which shape is seen at a pixel
     labels: list[str] = []
     areas: list[int] = []
-    for _ in range(rng.integers(1, most_shapes, endpoint=True)):
+    for _ in range(rng.integers(min(1, most_shapes), most_shapes, endpoint=True)):
         for _attempt in range(ATTEMPTS):
             label = classes[rng.integers(len(classes))]
-            stamp = _stamp(rng, label, width, height)
-            area = _claim(owner, stamp, areas)
+            stamp = _stamp(rng, label, width, height, difficulty)
+            area = _claim(owner, stamp, areas, difficulty.most_hidden)
             if area:
-                _paint(rng, canvas, stamp)
+                _paint(rng, canvas, stamp, difficulty.least_contrast)
                 labels.append(label)
                 areas.append(area)
                 break
@@ -102,10 +123,10 @@ def outline(rng: Generator, label: str) -> list[np.ndarray]:
     return [np.concatenate(turns) / math.hypot(1, arm)]
 
 
-def _stamp(rng: Generator, label: str, width: int, height: int) -> _Stamp:
+def _stamp(rng: Generator, label: str, width: int, height: int, difficulty: Difficulty) -> _Stamp:
     """A shape of random size, rotation and place; up to a tenth of its diameter lies outside the picture."""
     largest = LARGEST_DIAMETER * min(width, height)
-    smallest = min(max(SMALLEST_DIAMETER * max(width, height), FIRM_PIXELS), largest)
+    smallest = min(max(difficulty.smallest_diameter * max(width, height), difficulty.firm_pixels), largest)
     radius = math.exp(rng.uniform(math.log(smallest), math.log(largest))) / 2
     centre = np.array([rng.uniform(0.8 * radius, side - 0.8 * radius) for side in (width, height)])
     turn = rng.uniform(0, 2 * math.pi)
@@ -125,7 +146,7 @@ def _stamp(rng: Generator, label: str, width: int, height: int) -> _Stamp:
     return _Stamp(coverage, int(left), int(top))
 
 
-def _claim(owner: np.ndarray, stamp: _Stamp, areas: list[int]) -> int:
+def _claim(owner: np.ndarray, stamp: _Stamp, areas: list[int], most_hidden: float) -> int:
     """Enter a new shape into `owner` and return its area in pixels; 0, and no change, where it or another
     would be hidden too much. Neither may hide in the other: a circle inside a circle looks like a ring."""
     rows, columns = stamp.coverage.shape
@@ -133,37 +154,39 @@ def _claim(owner: np.ndarray, stamp: _Stamp, areas: list[int]) -> int:
     firm = stamp.coverage >= 0.5
     area = int(firm.sum())
     taken = np.bincount(region[firm] + 1, minlength=len(areas) + 1)[1:]
-    if taken.sum() > MOST_HIDDEN * area:
+    if taken.sum() > most_hidden * area:
         return 0
     for index in np.flatnonzero(taken):
-        if (owner == index).sum() - taken[index] < (1 - MOST_HIDDEN) * areas[index]:
+        if (owner == index).sum() - taken[index] < (1 - most_hidden) * areas[index]:
             return 0
     region[firm] = len(areas)
     return area
 
 
-def _paint(rng: Generator, canvas: np.ndarray, stamp: _Stamp) -> None:
+def _paint(rng: Generator, canvas: np.ndarray, stamp: _Stamp, least_contrast: float) -> None:
     """Fill a shape with a colour, or from one colour to another, that stands out from what lies under it."""
     rows, columns = stamp.coverage.shape
     region = canvas[stamp.top : stamp.top + rows, stamp.left : stamp.left + columns]
     weight = stamp.coverage[..., None]
     under = (region * weight).sum(axis=(0, 1)) / weight.sum()
-    colour = _contrasting_colour(rng, under)
+    colour = _contrasting_colour(rng, under, least_contrast)
     fill: np.ndarray = colour
     if rng.random() < 0.4:
         other = (
-            _contrasting_colour(rng, under) if rng.random() < 0.5 else np.clip(colour + rng.uniform(-60, 60), 0, 255)
+            _contrasting_colour(rng, under, least_contrast)
+            if rng.random() < 0.5
+            else np.clip(colour + rng.uniform(-60, 60), 0, 255)
         )
         fill = _ramp(rng, columns, rows, colour, other)
     opacity = rng.uniform(0.85, 1.0) * weight
     region[:] = region * (1 - opacity) + fill * opacity
 
 
-def _contrasting_colour(rng: Generator, under: np.ndarray) -> np.ndarray:
-    """A random colour; nine in ten lie far enough from any given one, so the loop is short."""
+def _contrasting_colour(rng: Generator, under: np.ndarray, least_contrast: float) -> np.ndarray:
+    """A random colour; at normal contrast nine in ten lie far enough from any given one, so the loop is short."""
     while True:
         colour = rng.uniform(0, 255, 3)
-        if np.linalg.norm(colour - under) >= LEAST_CONTRAST:
+        if np.linalg.norm(colour - under) >= least_contrast:
             return colour
 
 
