@@ -7,7 +7,7 @@ from torch import Tensor
 from model_defs import build
 from model_defs.yolov5 import YOLOv5
 from tools.train import loss as loss_module
-from tools.train.loss import complete_iou, match, yolov5_loss
+from tools.train.loss import Gains, complete_iou, match, yolov5_loss
 
 CLASSES = 3
 HEIGHT, WIDTH = 96, 128
@@ -139,8 +139,8 @@ def test_complete_iou_of_known_boxes() -> None:
 
 
 def test_gains_follow_levels_classes_and_size() -> None:
-    assert loss_module._gains(3, 80, 640 * 640) == pytest.approx((0.05, 1.0, 0.5))
-    assert loss_module._gains(4, 8, 320 * 320) == pytest.approx((0.0375, 0.1875, 0.0375))
+    assert loss_module._scaled(Gains(), 3, 80, 640 * 640) == pytest.approx((0.05, 1.0, 0.5))
+    assert loss_module._scaled(Gains(), 4, 8, 320 * 320) == pytest.approx((0.0375, 0.1875, 0.0375))
 
 
 def test_four_levels() -> None:
@@ -164,3 +164,33 @@ def test_training_on_one_picture_learns_it(model: YOLOv5) -> None:
         history.append([part.item() for part in losses])
     assert history[-1][0] < history[0][0] / 2
     assert history[-1][2] < history[0][2] / 2
+
+
+def test_means_of_processes_are_the_loss_of_all(model: YOLOv5) -> None:
+    """Two parts of a batch, of unlike numbers of pictures and objects, under the counts of both."""
+    objects = torch.tensor([[0, 1, 25.0, 35.0, 30.0, 30.0], [0, 2, 60, 30, 14, 18], [1, 0, 70, 50, 60, 60]])
+    raw = [torch.randn(4, *logits.shape[1:], requires_grad=True) for logits in blank(model)]
+    together = yolov5_loss(model, raw, objects)
+    gradients = torch.autograd.grad(sum(together), raw)
+    parts = [(slice(0, 3), objects), (slice(3, 4), objects[:0])]
+    counts = []
+    for part, own in parts:
+        yolov5_loss(model, [x[part] for x in raw], own, mean_over_processes=lambda own: counts.append(own) or own)
+    mean = torch.stack(counts).mean(0)
+    found = [yolov5_loss(model, [x[p] for x in raw], own, mean_over_processes=lambda _: mean) for p, own in parts]
+    for whole, *shares in zip(together, *found, strict=True):
+        assert sum(shares).item() / 2 == pytest.approx(whole.item(), rel=1e-5)
+    averaged = torch.autograd.grad(sum(sum(losses) for losses in found) / 2, raw)
+    for mine, wanted in zip(averaged, gradients, strict=True):
+        assert torch.allclose(mine, wanted, atol=1e-7)
+
+
+def test_smoothed_classes_are_best_short_of_certain(model: YOLOv5) -> None:
+    targets = torch.tensor([[0, 2, 41.3, 30.6, 22, 30]])
+    sure = perfect(model, targets)
+    assert yolov5_loss(model, sure, targets, label_smoothing=0.1).classes > 0.01
+    for logits in sure:
+        logits[..., 5:] = logits[..., 5:].clamp(*(torch.logit(torch.tensor([0.05, 0.95])).tolist()))
+    smooth = yolov5_loss(model, sure, targets, label_smoothing=0.1).classes
+    assert smooth < yolov5_loss(model, perfect(model, targets), targets, label_smoothing=0.1).classes
+    assert smooth < yolov5_loss(model, [x * 0.9 for x in sure], targets, label_smoothing=0.1).classes

@@ -19,6 +19,18 @@ COMMANDS = {
     "bench": ("tools.bench.command", "measure the handler and the build"),
 }
 
+# What `pip install marina` leaves out, and the extra that brings it.
+EXTRAS = {
+    "faster_coco_eval": "train",
+    "matplotlib": "train",
+    "mlflow": "mlflow",
+    "optuna": "train",
+    "pytorch_lightning": "train",
+    "rich": "train",
+    "tensorboard": "train",
+    "wandb": "wandb",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 well, 1 with one line on stderr, 2 for wrong usage, 130 when interrupted."""
@@ -35,6 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         return import_module(COMMANDS[args.command][0]).run(args)
     except MarinaError as error:
         print(f"marina: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f"marina: {args.command} needs {package}; pip install 'marina[{EXTRAS[package]}]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -6,6 +6,7 @@ cross-entropy towards the IoU reached, classes by cross-entropy.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,17 @@ from model_defs.yolov5 import YOLOv5
 ANCHOR_RATIO = 4.0  # an anchor learns objects less than so many times wider or narrower, higher or lower
 LEVEL_BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}  # fine levels have many more empty cells
 
-# For a picture of 640x640 pixels, 3 levels and the 80 classes of COCO; `_gains` scales them.
-BOX_GAIN = 0.05
-OBJECTNESS_GAIN = 1.0
-CLASS_GAIN = 0.5
+
+class Gains(NamedTuple):
+    """The weight of each part, for a picture of 640x640 pixels, 3 levels and the 80 classes of COCO; the loss
+    scales them."""
+
+    box: float = 0.05
+    objectness: float = 1.0
+    classes: float = 0.5
+
+
+DEFAULT_GAINS = Gains()
 
 
 class Losses(NamedTuple):
@@ -44,34 +52,67 @@ class Matches(NamedTuple):
     column: Tensor
 
 
-def yolov5_loss(model: YOLOv5, raw: list[Tensor], targets: Tensor) -> Losses:
+def alone(counts: Tensor) -> Tensor:
+    """The mean of counts over the processes of a training that has one."""
+    return counts
+
+
+def yolov5_loss(
+    model: YOLOv5,
+    raw: list[Tensor],
+    targets: Tensor,
+    gains: Gains = DEFAULT_GAINS,
+    label_smoothing: float = 0.0,
+    mean_over_processes: Callable[[Tensor], Tensor] = alone,
+) -> Losses:
     """How far `raw` is from finding exactly `targets`.
 
     raw: logits a level, `[B, anchors, rows, columns, 5 + classes]`, as `model.raw` gives them.
     targets: `[T, 6]` float: index in the batch, label, centre x, centre y, width, height, the last four in
         pixels of the network's input. T may be 0. Centres lie inside the picture, sides are above 0.
+    label_smoothing: how far the classes' targets stay from 0 and 1, twice.
+    mean_over_processes: takes float counts of this process, `[N]`. The mean of the losses of all processes is
+        then the loss of their batches together, and so is the mean of the gradients.
     """
-    zero = raw[0].new_zeros(())
-    box, objectness, classes = zero, zero, zero
     head = model.head
-    for logits, stride, anchors, balance in zip(raw, head.strides, head.anchors, LEVEL_BALANCE[len(raw)], strict=True):
-        found = match(targets, anchors * stride, stride, rows=logits.shape[2], columns=logits.shape[3])
-        target_iou = torch.zeros_like(logits[..., 4])
-        if len(found.target):
-            picked = logits[found.image, found.anchor, found.row, found.column]
-            wanted = targets[found.target]
-            cell = torch.stack((found.column, found.row), dim=1)
-            iou = complete_iou(_decode(picked, cell, anchors[found.anchor], stride), wanted[:, 2:])
-            box = box + (1 - iou).mean()
-            target_iou = _scatter_best(target_iou, found, iou.detach().clamp(min=0))
-            if model.num_classes > 1:
-                is_class = one_hot(wanted[:, 1].long(), model.num_classes).to(picked.dtype)
-                classes = classes + binary_cross_entropy_with_logits(picked[:, 5:], is_class)
-        objectness = objectness + balance * binary_cross_entropy_with_logits(logits[..., 4], target_iou)
+    found = [
+        match(targets, anchors * stride, stride, rows=logits.shape[2], columns=logits.shape[3])
+        for logits, stride, anchors in zip(raw, head.strides, head.anchors, strict=True)
+    ]
+    counts = [len(level.target) for level in found] + [logits[..., 4].numel() for logits in raw]
+    matched, cells = mean_over_processes(raw[0].new_tensor(counts, dtype=torch.float64)).float().chunk(2)
 
-    cells = raw[0].shape[2] * raw[0].shape[3]
-    gains = _gains(len(raw), model.num_classes, pixels=cells * head.strides[0] ** 2)
-    return Losses(box * gains[0], objectness * gains[1], classes * gains[2])
+    box = objectness = classes = raw[0].new_zeros((), dtype=torch.float32)
+    for level, (logits, balance) in enumerate(zip(raw, LEVEL_BALANCE[len(raw)], strict=True)):
+        logits = logits.float()
+        losses, target_iou = _matched_losses(model, level, logits, targets, found[level], label_smoothing)
+        # Nothing matched here may be many matches elsewhere, and the other way round.
+        box = box + losses[0] / matched[level].clamp(min=1e-9)
+        classes = classes + losses[1] / (matched[level] * model.num_classes).clamp(min=1e-9)
+        presence = binary_cross_entropy_with_logits(logits[..., 4], target_iou, reduction="sum")
+        objectness = objectness + balance * presence / cells[level]
+
+    pixels = raw[0].shape[2] * raw[0].shape[3] * head.strides[0] ** 2
+    scaled = _scaled(gains, len(raw), model.num_classes, pixels)
+    return Losses(box * scaled.box, objectness * scaled.objectness, classes * scaled.classes)
+
+
+def _matched_losses(
+    model: YOLOv5, level: int, logits: Tensor, targets: Tensor, found: Matches, label_smoothing: float
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The sums over one level's matches for box and classes, and the IoU that every cell reaches."""
+    stride, anchors = model.head.strides[level], model.head.anchors[level]
+    picked = logits[found.image, found.anchor, found.row, found.column]
+    wanted = targets[found.target]
+    cell = torch.stack((found.column, found.row), dim=1)
+    iou = complete_iou(_decode(picked, cell, anchors[found.anchor], stride), wanted[:, 2:])
+    target_iou = _scatter_best(torch.zeros_like(logits[..., 4]), found, iou.detach().clamp(min=0))
+    classes = logits.new_zeros(())
+    if model.num_classes > 1:
+        is_class = one_hot(wanted[:, 1].long(), model.num_classes).to(picked.dtype)
+        is_class = is_class * (1 - label_smoothing) + label_smoothing / 2
+        classes = binary_cross_entropy_with_logits(picked[:, 5:], is_class, reduction="sum")
+    return ((1 - iou).sum(), classes), target_iou
 
 
 def match(targets: Tensor, anchors: Tensor, stride: int, rows: int, columns: int) -> Matches:
@@ -130,7 +171,8 @@ def _scatter_best(empty: Tensor, found: Matches, iou: Tensor) -> Tensor:
     return empty.flatten().scatter_reduce(0, index, iou, "amax").view_as(empty)
 
 
-def _gains(levels: int, num_classes: int, pixels: int) -> tuple[float, float, float]:
-    """The gains for box, objectness and classes, scaled from those for COCO at 640x640 with 3 levels."""
+def _scaled(gains: Gains, levels: int, num_classes: int, pixels: int) -> Gains:
     share = 3 / levels
-    return BOX_GAIN * share, OBJECTNESS_GAIN * share * pixels / 640**2, CLASS_GAIN * share * num_classes / 80
+    return Gains(
+        gains.box * share, gains.objectness * share * pixels / 640**2, gains.classes * share * num_classes / 80
+    )

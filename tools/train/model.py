@@ -1,0 +1,122 @@
+"""The network that is trained: built, given weights to start from, partly frozen; and its losses."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import model_defs
+from handlers.labels import BACKGROUND
+from handlers.weights import load_state
+from model_defs.contract import Detector
+from model_defs.torchvision_detector import TorchvisionDetector
+from model_defs.yolov5 import YOLOv5
+from tools.checkpoint import LazyTensor, open_checkpoint
+from tools.errors import ToolError
+from tools.train.config import TrainSettings
+from tools.train.loss import Gains, yolov5_loss
+from tools.train.pictures import Batch
+
+# Proposals of a picture that Faster R-CNN's head learns from, as Fast R-CNN has them (arXiv:1504.08083, section 2.3).
+# torchvision's 512 take most of the time and are hardly ever filled up with objects.
+LEARNED_PROPOSALS = 64
+
+
+def label_names(settings: TrainSettings, classes: tuple[str, ...]) -> list[str]:
+    """What the network's labels mean, as `index_to_name.json` says it."""
+    return list(classes) if settings.family == "yolov5" else [BACKGROUND, *classes]
+
+
+def make_model(settings: TrainSettings, classes: tuple[str, ...]) -> tuple[Detector, list[str]]:
+    """A network ready for training, and what there is to say about how it starts. What is random follows from the
+    seed. Raises ToolError for weights that do not fit."""
+    torch.manual_seed(settings.seed)
+    detector = _build(settings, len(label_names(settings, classes)))
+    if isinstance(detector, TorchvisionDetector) and hasattr(detector.model, "roi_heads"):
+        detector.model.roi_heads.fg_bg_sampler.batch_size_per_image = LEARNED_PROPOSALS
+    note = "weights: random" if settings.weights is None else _load_weights(detector, settings)
+    freeze(detector, settings.freeze, norms=settings.freeze_norms)
+    return detector.to(memory_format=torch.channels_last), [note]  # type: ignore[call-overload]
+
+
+def _build(settings: TrainSettings, num_labels: int) -> Detector:
+    try:
+        return model_defs.build(settings.definition, num_labels, **settings.model_args)
+    except ValueError as error:
+        raise ToolError(str(error)) from error
+
+
+def _load_weights(detector: Detector, settings: TrainSettings) -> str:
+    """Everything from the file; where it is for another number of classes, all but what depends on them."""
+    assert settings.weights is not None
+    with open_checkpoint(settings.weights) as checkpoint:
+        state = {name: _tensor(lazy) for name, lazy in checkpoint.tensors.items()}
+    if isinstance(detector, YOLOv5) and not any(".bn." in name for name in state):
+        raise ToolError(
+            f"{settings.weights} has its batch normalisation folded in, or is no YOLOv5; give the weights that"
+            " training left, not those made for serving"
+        )
+    given = detector.classes_in(state)
+    note = f"weights: {settings.weights}"
+    if given is not None and given != detector.num_classes:
+        own = detector.state_dict()
+        with torch.device("meta"):
+            other = _build(settings, detector.num_classes + 1).state_dict()
+        head = {name: own[name] for name in own if own[name].shape != other[name].shape}
+        state |= head
+        note += f"; they are for {given} labels, not {detector.num_classes}: the head ({len(head)} tensors) starts anew"
+    load_state(detector, state)
+    return note
+
+
+def _tensor(lazy: LazyTensor) -> Tensor:
+    dtype = getattr(torch, lazy.dtype)
+    return torch.frombuffer(bytearray(lazy.read()), dtype=dtype).view(lazy.shape) if lazy.numel else torch.empty(0)
+
+
+def freeze(detector: Detector, count: int, norms: bool) -> None:
+    """Keep the first `count` layers as they are, and with `norms` every batch normalisation. Raises ToolError for
+    more layers than there are."""
+    layers = _layers(detector)
+    if count > len(layers):
+        raise ToolError(f"--freeze is {count}, but {type(detector).__name__} has {len(layers)} layers")
+    frozen: list[nn.Module] = layers[:count]
+    if norms:
+        frozen += [module for module in detector.modules() if isinstance(module, nn.BatchNorm2d)]
+    for part in frozen:
+        # In training mode a normalisation would go on following the pictures.
+        part.requires_grad_(False).eval()
+    if not any(parameter.requires_grad for parameter in detector.parameters()):
+        raise ToolError(f"--freeze {count} leaves nothing to train; give less")
+
+
+def _layers(detector: Detector) -> list[nn.Module]:
+    """In the order in which a picture goes through them; of torchvision's models, those of the backbone."""
+    if isinstance(detector, YOLOv5):
+        return list(detector.model)
+    assert isinstance(detector, TorchvisionDetector)
+    body, *others = detector.model.backbone.children()
+    return [*body.children(), *others]
+
+
+def losses_of(
+    detector: Detector, settings: TrainSettings, batch: Batch, mean_over_processes: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The parts of the loss, a scalar each, means over the pictures of the batch; training descends their sum."""
+    if isinstance(detector, YOLOv5):
+        assert isinstance(batch.images, Tensor)
+        gains = Gains(settings.box_gain, settings.objectness_gain, settings.class_gain)
+        raw = detector.raw(batch.images.float() / 255)
+        return yolov5_loss(detector, raw, batch.targets, gains, settings.label_smoothing, mean_over_processes)._asdict()
+    assert isinstance(detector, TorchvisionDetector)
+    # To torchvision label 0 is the background.
+    truths = [{"boxes": boxes, "labels": labels + 1} for boxes, labels in batch.by_picture()]
+    return detector.model([image.float() / 255 for image in batch.images], truths)
+
+
+def loss_weight(detector: Detector, batch: float, gather: int) -> float:
+    """What a batch's loss, a mean over its pictures, counts in the step of the optimiser that it is gathered for.
+
+    The published rates of YOLOv5 are for gradients summed over pictures, those of torchvision for their mean.
+    """
+    return batch if isinstance(detector, YOLOv5) else 1 / gather
