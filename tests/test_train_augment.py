@@ -9,7 +9,6 @@ from handlers.geometry import PADDING, letterbox, plan_letterbox
 from handlers.settings import Preprocess
 from tools.strict import parse
 from tools.train.augment import (
-    Augmentation,
     Labelled,
     Tile,
     jitter_colour,
@@ -19,6 +18,7 @@ from tools.train.augment import (
     random_affine,
     view,
 )
+from tools.train.augmentation import Augmentation
 
 SIZE = 160
 COLOURS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)])

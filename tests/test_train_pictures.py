@@ -15,7 +15,7 @@ from handlers.settings import Limits, Preprocess
 from tools.data.dataset import Box, Picture
 from tools.data.draw import CLASSES, draw_scene
 from tools.errors import ToolError
-from tools.train.augment import Augmentation
+from tools.train.augmentation import Augmentation
 from tools.train.cache import Cache, LoaderSettings, Mode, Wanted, loader_settings, scaled
 from tools.train.pictures import Batch, TrainingPictures, ValidationPictures, make_loader, validation_batches
 from tools.train.sampler import EpochBatches

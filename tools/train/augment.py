@@ -11,32 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
-from pydantic import Field
 
 from handlers.geometry import PADDING
-from tools.strict import Strict
+from tools.train.augmentation import Augmentation
 
 # A box stays after a change when so much of it is left: the criteria published with YOLOv5.
 SMALLEST_SIDE = 2.0  # pixels
 LEAST_VISIBLE = 0.1  # of its area
 LARGEST_ASPECT = 100.0  # of the longer side over the shorter one
 MIXUP_SHAPE = 32.0  # both parameters of the beta distribution that shares of a mixup are drawn from
-
-
-class Augmentation(Strict):
-    """How much pictures are changed; the defaults are YOLOv5's for training on little data. 0 turns one off."""
-
-    mosaic: float = Field(1.0, ge=0, le=1, description="probability of a mosaic of four pictures")
-    mixup: float = Field(0.0, ge=0, le=1, description="probability that a mosaic is blended with another one")
-    degrees: float = Field(0.0, ge=0, le=180, description="largest rotation, either way")
-    translate: float = Field(0.1, ge=0, le=0.5, description="largest shift, as part of the picture's side")
-    scale: float = Field(0.5, ge=0, le=0.9, description="largest change of size: 0.5 gives 0.5 to 1.5 times")
-    shear: float = Field(0.0, ge=0, le=45, description="largest shear in degrees, either way, in x and in y")
-    flip_lr: float = Field(0.5, ge=0, le=1, description="probability of left and right changed over")
-    flip_ud: float = Field(0.0, ge=0, le=1, description="probability of up and down changed over")
-    hsv_h: float = Field(0.015, ge=0, le=0.5, description="largest turn of the hue, as part of the colour circle")
-    hsv_s: float = Field(0.7, ge=0, le=1, description="largest change of saturation: 0.7 gives 0.3 to 1.7 times")
-    hsv_v: float = Field(0.4, ge=0, le=1, description="largest change of brightness: 0.4 gives 0.6 to 1.4 times")
 
 
 class Labelled(NamedTuple):

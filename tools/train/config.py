@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from tools.checkpoint.safetensors_format import replacing
 from tools.errors import ToolError
 from tools.strict import parse, read_yaml
-from tools.train.augment import Augmentation
+from tools.train.augmentation import Augmentation
 
 SECTION = "train"
 CONFIG = "config.yaml"

@@ -14,7 +14,8 @@ from handlers.geometry import Letterbox, letterbox, plan_letterbox
 from handlers.settings import Preprocess
 from tools.data.dataset import Picture
 from tools.errors import ToolError
-from tools.train.augment import Augmentation, Labelled, Tile, jitter_colour, mixup, mosaic, random_affine, view
+from tools.train.augment import Labelled, Tile, jitter_colour, mixup, mosaic, random_affine, view
+from tools.train.augmentation import Augmentation
 from tools.train.cache import Cache, LoaderSettings, Wanted, scaled
 
 

@@ -1,11 +1,11 @@
 """What a run leaves to look at, and what it takes to serve it.
 
-    labels.png        where the boxes of training lie, and how large they are
-    batches.jpg       augmented pictures of the first batches, with their boxes
-    curves.png        results.csv as curves
-    archive.yaml      the recipe, with index_to_name.json and golden/
-    evaluation/       `best` on the validation pictures as it will be served, as `marina evaluate` writes it
-    report.html       all of that in one page
+labels.png        where the boxes of training lie, and how large they are
+batches.jpg       augmented pictures of the first batches, with their boxes
+curves.png        results.csv as curves
+archive.yaml      the recipe, with index_to_name.json and golden/
+evaluation/       `best` on the validation pictures as it will be served, as `marina evaluate` writes it
+report.html       all of that in one page
 """
 
 import csv
