@@ -17,10 +17,6 @@ from tools.train.config import TrainSettings
 from tools.train.loss import Gains, yolov5_loss
 from tools.train.pictures import Batch
 
-# Proposals of a picture that Faster R-CNN's head learns from, as Fast R-CNN has them (arXiv:1504.08083, section 2.3).
-# torchvision's 512 take most of the time and are hardly ever filled up with objects.
-LEARNED_PROPOSALS = 64
-
 
 def label_names(settings: TrainSettings, classes: tuple[str, ...]) -> list[str]:
     """What the network's labels mean, as `index_to_name.json` says it."""
@@ -33,7 +29,7 @@ def make_model(settings: TrainSettings, classes: tuple[str, ...]) -> tuple[Detec
     torch.manual_seed(settings.seed)
     detector = _build(settings, len(label_names(settings, classes)))
     if isinstance(detector, TorchvisionDetector) and hasattr(detector.model, "roi_heads"):
-        detector.model.roi_heads.fg_bg_sampler.batch_size_per_image = LEARNED_PROPOSALS
+        detector.model.roi_heads.fg_bg_sampler.batch_size_per_image = settings.proposals
     note = "weights: random" if settings.weights is None else _load_weights(detector, settings)
     freeze(detector, settings.freeze, norms=settings.freeze_norms)
     return detector.to(memory_format=torch.channels_last), [note]  # type: ignore[call-overload]

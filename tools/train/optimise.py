@@ -32,9 +32,11 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, batch: int) -> tor
         {"params": kernels, "weight_decay": decay, "is_bias": False},
     ]
     kind = OPTIMIZERS[settings.optimizer]
+    # One pass over the weights. With fp16 it would also undo the loss's scale, after gradients have been clipped.
+    fused = settings.precision != "fp16"
     if kind is torch.optim.SGD:
-        return kind(groups, lr=settings.rate, momentum=settings.momentum, nesterov=settings.momentum > 0)
-    return kind(groups, lr=settings.rate, betas=(settings.momentum, 0.999))
+        return kind(groups, lr=settings.rate, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=fused)
+    return kind(groups, lr=settings.rate, betas=(settings.momentum, 0.999), fused=fused)
 
 
 def gathered(settings: TrainSettings, batch: int) -> int:

@@ -154,5 +154,5 @@ def uses_gpu(settings: TrainSettings) -> bool:
 def quieten() -> None:
     """Keep Lightning's advice and torch's notes on its own future from the terminal; errors are ToolErrors."""
     warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch)\b")
-    for name in ("pytorch_lightning", "lightning", "lightning.pytorch", "torch.distributed"):
+    for name in ("pytorch_lightning", "lightning_fabric", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
