@@ -40,6 +40,8 @@ lint: $(VENV)/.installed ## Style and types
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
+# Servers and trainings share the cores with the tests that wait for them: threads that wait should sleep.
+test: export OMP_WAIT_POLICY := passive
 .PHONY: test
 test: lint $(STOCK)/.installed ## Lint, types and every test, real servers included
 	$(RUN)/coverage erase
