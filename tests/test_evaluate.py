@@ -230,6 +230,7 @@ def test_a_set_without_test_pictures_is_judged_by_valid(
         (["--data", "DRAWN"], "name one thing to evaluate"),
         (["a.mar", "--url", "http://x", "--data", "DRAWN"], "name one thing to evaluate"),
         (["gone.mar", "--data", "DRAWN"], "gone.mar is not there"),
+        (["b.pt", "--data", "DRAWN"], "for weights: marina evaluate RECIPE --weights b.pt"),
         (["a.mar", "--weights", "b.pt", "--data", "DRAWN"], "--weights goes with a recipe"),
         (["a.mar", "--token-file", "t", "--data", "DRAWN"], "--token-file goes with --url"),
         (["--url", "http://x", "--token-file", "gone", "--data", "DRAWN"], "token file gone cannot be read"),
@@ -249,6 +250,7 @@ def test_what_cannot_be_done_is_said_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.mar").write_bytes(b"")
+    (tmp_path / "b.pt").write_bytes(b"")
     assert main(["evaluate", *(str(drawn) if each == "DRAWN" else each for each in arguments)]) == 1
     assert said in one_line(capsys)
 

@@ -19,6 +19,7 @@ import model_defs
 from handlers.weights import load_state, read_safetensors
 from tools import cli
 from tools.checkpoint import open_checkpoint
+from tools.data.dataset import ANNOTATIONS
 from tools.data.draw import CLASSES
 from tools.errors import ToolError
 from tools.train.config import read_config
@@ -127,8 +128,9 @@ def test_a_killed_run_goes_on_to_the_same_end(moment: str, whole: Path, tmp_path
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_two_processes_train_as_one_does(shapes: Path, tmp_path: Path) -> None:
-    """10 pictures in batches of 4: the last batch has one a process."""
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    """10 pictures in batches of 4: the last batch has one a process. The one picture of validation they both find."""
+    shapes = write_set(tmp_path / "shapes", valid=1)
     plain = [f"--{name}=0" for name in ("mosaic", "scale", "translate", "flip-lr", "hsv-h", "hsv-s", "hsv-v")]
     common = ["--data", shapes, *SHORT.split(), *plain, "--freeze-norms", "--nominal-batch", 4]
     assert marina(*common, "--output", tmp_path / "one") == 0
@@ -304,7 +306,8 @@ def test_a_picture_that_cannot_be_read_is_one_line(tmp_path: Path, capfd: pytest
         (["--devices", "7"], "--devices 7"),
         (["--size", "100"], "multiples of 32"),
         (["--definition", "ssd300_vgg16", "--size", "320"], "made for 300"),
-        (["--weights", "nowhere.pt"], "nowhere.pt: cannot be read"),
+        (["--weights", "nowhere.pt"], "nowhere.pt is not there"),
+        (["--search", "0"], "--search is 0"),
         (["--mosaic", "2"], "mosaic"),
     ],
 )
@@ -315,6 +318,36 @@ def test_bad_settings_are_one_line(
     error = capfd.readouterr().err
     assert named in error
     assert error.count("\n") == 1
+
+
+def test_what_is_missing_is_said_before_a_folder_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_set(tmp_path / "set")
+    for split in ("train", "valid"):
+        content = json.loads((data / split / ANNOTATIONS).read_text())
+        (data / split / ANNOTATIONS).write_text(json.dumps(content | {"annotations": []}))
+        assert marina("--data", data, "--output", tmp_path / "run", *SHORT.split()) == 1
+        assert f"has no box in split '{split}'" in capsys.readouterr().err
+        (data / split / ANNOTATIONS).write_text(json.dumps(content))
+    assert marina("--data", data, "--output", tmp_path / "run", "--weights", tmp_path / "none.pt") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_size_are_named(
+    shared: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = ["--weights", shared / "real" / "agpl" / "yolov5n.pt", "--model-size", "s"]
+    assert marina("--data", shapes, "--output", tmp_path / "run", *SHORT.split(), *weights) == 1
+    assert "yolov5n.pt is a YOLOv5n; give --model-size n, it is s" in capsys.readouterr().err
+
+
+def test_weights_that_the_last_step_has_blown_up_are_not_kept(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No loss comes after it that could be infinite."""
+    wild = ["--epochs", 1, "--lr", 1e30, "--warmup-epochs", 0]
+    assert marina("--data", shapes, "--output", tmp_path / "run", *SHORT.split(), *wild) == 1
+    assert "the weights have grown to" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "best.safetensors").exists()
 
 
 def test_an_empty_split_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,5 +370,6 @@ def test_the_folder_is_checked_before_anything(
     # Without a name, the next free one.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "yolov5-1").mkdir(parents=True)
-    assert marina("--data", shapes, *SHORT.split(), "--fast-dev-run") == 0
+    assert marina("--data", shapes, *SHORT.split(), "--fast-dev-run", "--cache", "disk") == 0
     assert (tmp_path / "runs" / "yolov5-2" / "summary.json").exists()
+    assert not (tmp_path / "runs" / "yolov5-2" / "cache").exists()

@@ -124,6 +124,8 @@ def _source(args: argparse.Namespace) -> "AbstractContextManager[Source]":
     model = Path(args.what[0])
     if not model.exists():
         raise ToolError(f"{model} is not there; give a .mar file, a recipe or a folder with one")
+    if model.is_file() and model.suffix not in (".mar", ".yaml", ".yml"):
+        raise ToolError(f"{model} is no archive and no recipe; for weights: marina evaluate RECIPE --weights {model}")
     return archive_source(model) if model.suffix == ".mar" else recipe_source(model, args.weights)
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tools.report.boxes import class_colour
 
@@ -60,6 +61,7 @@ def learning_curves(columns: Mapping[str, Sequence[float]]) -> bytes:
         there = np.isfinite(values)
         axes = _axes(figure.add_subplot(down, across, index + 1), _short(name), "", "")
         axes.title.set_fontsize(9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.plot(
             epochs[there], values[there], color=BLUE, linewidth=1.6, marker="o" if there.sum() < 20 else None, ms=3
         )

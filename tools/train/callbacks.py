@@ -52,6 +52,7 @@ class Record(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]
         epoch = trainer.current_epoch + 1
+        module.check_weights()
         fitness = module.metrics["fitness"]
         better = fitness > self.best_fitness
         if better:

@@ -9,7 +9,7 @@ from tools.config import add_flags, settle
 from tools.errors import ToolError
 from tools.train.config import SECTION, TrainSettings, read_config
 from tools.train.launch import launch, launched, place, processes_wanted
-from tools.train.run import check_unfinished, new_run
+from tools.train.run import check_start, check_unfinished, new_run
 
 SPEAK_FIRST_S = 5.0
 
@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.search is not None and args.search < 1:
+        raise ToolError(f"--search is {args.search}; give at least one trial")
     if args.resume is not None:
         folder, settings = args.resume, _resumed(args)
     else:
@@ -59,6 +61,7 @@ def _resumed(args: argparse.Namespace) -> TrainSettings:
 def _started(args: argparse.Namespace) -> tuple[Path, TrainSettings]:
     """The folder of a new run, made by the first process, with the settings in it."""
     settings = settle(args, TrainSettings, SECTION).resolved()
+    check_start(settings)
     if not launched():
         if settings.batch == 0:
             settings = _with_batch(settings)

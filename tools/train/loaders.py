@@ -46,7 +46,9 @@ def make_loaders(
     training = TrainingPictures(train, settings.size, settings, settings.seed, detector.letterbox, cache)
     batches = EpochBatches(len(train), own, settings.seed, rank, world)
     validation = ValidationPictures(valid, preprocess, detector.stride, cache)
-    parts = validation_batches(valid, preprocess, detector.stride, own)[rank::world]
+    # Lightning wants a batch for every process; what is found twice on a picture counts once.
+    parts = validation_batches(valid, preprocess, detector.stride, own)
+    parts = parts[rank::world] or parts[:1]
 
     workers = _workers(here, on_gpu) if settings.workers is None else settings.workers
     how = loader_settings(workers, own * 3 * settings.size**2)

@@ -46,6 +46,11 @@ def _load_weights(detector: Detector, settings: TrainSettings) -> str:
     """Everything from the file; where it is for another number of classes, all but what depends on them."""
     assert settings.weights is not None
     with open_checkpoint(settings.weights) as checkpoint:
+        if checkpoint.size not in (None, settings.model_size) and isinstance(detector, YOLOv5):
+            raise ToolError(
+                f"{settings.weights} is a YOLOv5{checkpoint.size}; give --model-size {checkpoint.size}, it is"
+                f" {settings.model_size}"
+            )
         state = {name: _tensor(lazy) for name, lazy in checkpoint.tensors.items()}
     if isinstance(detector, YOLOv5) and not any(".bn." in name for name in state):
         raise ToolError(
@@ -54,6 +59,8 @@ def _load_weights(detector: Detector, settings: TrainSettings) -> str:
         )
     given = detector.classes_in(state)
     note = f"weights: {settings.weights}"
+    if settings.license == "unknown":
+        note += " (their licence goes into the recipe with --license)"
     if given is not None and given != detector.num_classes:
         own = detector.state_dict()
         with torch.device("meta"):

@@ -34,6 +34,9 @@ VALIDATION = Options(
 )
 
 
+LARGEST_WEIGHT = 1e6  # sound ones stay below a thousand
+
+
 class LossNotFinite(ToolError):
     """Training has gone out of bounds."""
 
@@ -44,8 +47,6 @@ class Training(LightningModule):
     metrics: of the last validation, the same in every process. found: what that found, by picture, labels as the
     data set counts them; in the first process.
     """
-
-    allow_zero_length_dataloader_with_multiple_devices = True  # more processes than batches of validation
 
     def __init__(self, detector: Detector, settings: TrainSettings, loaders: Loaders):
         super().__init__()
@@ -115,6 +116,15 @@ class Training(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         nn.utils.clip_grad_norm_(self.detector.parameters(), MOST_GRADIENT)
+
+    def check_weights(self) -> None:
+        """Raises LossNotFinite where the last step of an epoch has blown the weights up, which no loss has seen."""
+        largest = max(float(parameter.detach().abs().max()) for parameter in self.detector.parameters())
+        if not largest < LARGEST_WEIGHT:
+            raise LossNotFinite(
+                f"the weights have grown to {largest:g} by the end of epoch {self.current_epoch + 1}; give a lower"
+                f" --lr than {self.settings.rate:g}; what was saved before is intact"
+            )
 
     def _mean(self, values: Tensor) -> Tensor:
         """The mean over processes."""

@@ -87,7 +87,10 @@ def write_results(
     pipeline = Pipeline(settings_of(recipe), labels, detector, torch.device("cpu"))
     evaluation = evaluate(PipelineSource(pipeline, f"{recipe.name} {recipe.version}"), dataset, "valid")
     write_report(evaluation, run / EVALUATION)
-    write_recipe(run, settings, labels, threshold, _golden(evaluation))
+    golden = _golden(evaluation)
+    if not golden:
+        print("no picture of validation is answered right, so the recipe has no golden one to prove an archive by")
+    write_recipe(run, settings, labels, threshold, golden)
     _write_page(run, evaluation)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.checkpoint.safetensors_format import replacing
+from tools.data.dataset import read_dataset
 from tools.errors import ToolError
 from tools.train.config import CONFIG, TrainSettings, write_config
 
@@ -25,6 +26,18 @@ LAST = "last.safetensors"
 CHECKPOINT = "last.ckpt"
 RESULTS = "results.csv"
 SUMMARY = "summary.json"
+
+
+def check_start(settings: TrainSettings) -> None:
+    """Raises ToolError where weights or data are missing, before anything is made or takes time."""
+    if settings.weights is not None and not settings.weights.is_file():
+        raise ToolError(f"--weights {settings.weights} is not there")
+    dataset = read_dataset(settings.data)
+    for split in ("train", "valid"):
+        if not any(picture.boxes for picture in dataset.split(split)):
+            raise ToolError(
+                f"data set {settings.data} has no box in split {split!r}: nothing to learn from, or to measure"
+            )
 
 
 def new_run(settings: TrainSettings) -> Path:

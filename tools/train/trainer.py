@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from tools.train.module import Training
 from tools.train.report import draw_data, write_results
 from tools.train.run import BEST, CHECKPOINT, SUMMARY, write_json
 
+CACHE = "cache"  # of decoded pictures, in the folder of a run that has not ended
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 WORKER_FAILED = "in DataLoader worker"
 DEV_RUN: dict[str, Any] = {"limit_train_batches": 2, "limit_val_batches": 1}
@@ -60,6 +62,7 @@ def train(
     if here.rank == 0:
         if report:
             write_results(run, settings, dataset, module.average.cpu(), record.labels, module.found)
+        shutil.rmtree(run / CACHE, ignore_errors=True)
         # The last file: with it the run has ended.
         write_json(run / SUMMARY, summary)
         _say(run, summary)
@@ -110,7 +113,7 @@ def make_training(settings: TrainSettings, dataset: Dataset, run: Path, here: Pl
     detector, notes = make_model(settings, dataset.classes)
     if isinstance(detector, YOLOv5):
         notes.append(_fit_anchors(detector, settings, pictures))
-    loaders = make_loaders(dataset, settings, detector, run / "cache", here, on_gpu=uses_gpu(settings))
+    loaders = make_loaders(dataset, settings, detector, run / CACHE, here, on_gpu=uses_gpu(settings))
     return Training(detector, settings, loaders), notes
 
 
@@ -138,7 +141,7 @@ def _validate_best(trainer: Trainer, module: Training, record: Record) -> dict[s
 
 def _say(run: Path, summary: dict[str, Any]) -> None:
     metrics = f"mAP50 {summary['map50']:.4f}  mAP50-95 {summary['map50_95']:.4f}"
-    print(f"{run / BEST}: {metrics}  (epoch {summary['best_epoch']})")
+    print(f"{run / BEST}: {metrics}  (epoch {summary['best_epoch']}, measured again as stored in half precision)")
 
 
 def uses_gpu(settings: TrainSettings) -> bool:
