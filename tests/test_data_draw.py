@@ -161,7 +161,7 @@ def test_nothing_is_left_of_a_set_that_could_not_be_finished(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("given", "kept"), [([1000], [800, 100, 100]), ([7], [6, 1, 0]), ([1, 0, 2], [1, 0, 2])])
+@pytest.mark.parametrize(("given", "kept"), [([1000], [800, 100, 100]), ([7], [5, 1, 1]), ([1, 0, 2], [1, 0, 2])])
 def test_one_number_of_pictures_is_the_total(given, kept, tmp_path):
     assert settings(tmp_path, pictures=given).pictures == kept
 
@@ -190,7 +190,7 @@ def test_the_command_draws_and_counts(tmp_path, capsys):
     config = tmp_path / "project.yaml"
     config.write_text("draw: {output: set, width: [48], height: [48], classes: [ring]}\n")
     assert main(["data", "draw", "--config", str(config), "--pictures", "4"]) == 0
-    assert f"{tmp_path / 'set'}: 3 train, 1 test pictures, " in capsys.readouterr().out
+    assert f"{tmp_path / 'set'}: 2 train, 1 valid, 1 test pictures, " in capsys.readouterr().out
     assert read_dataset(tmp_path / "set").classes == ("ring",)
 
 
@@ -201,3 +201,8 @@ def test_help_shows_every_setting_and_needs_no_torch(repository):
     code = "import tools.data.drawn_set, tools.data.show, sys; print({'torch', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository, timeout=60)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(("count", "splits"), [(3, [1, 1, 1]), (4, [2, 1, 1]), (2, [2, 0, 0]), (1000, [800, 100, 100])])
+def test_a_total_leaves_no_split_empty_while_there_are_pictures(tmp_path, count, splits):
+    assert settings(tmp_path / "set", pictures=[count]).pictures == splits

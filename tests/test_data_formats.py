@@ -10,7 +10,7 @@ import pytest
 from labelled_sets import TWO_BOXES, coco_set, picture, voc_set, voc_xml, yolo_set
 
 from tools.data.formats import detect, read_source
-from tools.data.formats.source import ReadOptions, pictures_below
+from tools.data.formats.source import ReadOptions, cut, pictures_below
 from tools.errors import ToolError
 
 
@@ -135,8 +135,9 @@ def test_a_label_file_that_is_no_text_is_dropped_alone(tmp_path):
     yolo_set(tmp_path)
     (tmp_path / "labels/train/train0.txt").write_bytes(b"\xff\xfe\x00")
     source = read(tmp_path)
-    assert len(source.pictures) == 4 and len(labels_of(source)) == 6
-    assert reasons(source) == ["labels/train/train0.txt: label file is no UTF-8 text"]
+    assert len(source.pictures) == 3 and len(labels_of(source)) == 6 and not reasons(source, "left out")
+    assert reasons(source) == ["labels/train/train0.txt: label file is no UTF-8 text; its picture is dropped too"]
+    assert (source.problems[0].pictures, source.problems[0].boxes) == (1, 1)
 
 
 def test_label_without_picture_and_picture_without_label(tmp_path):
@@ -213,6 +214,31 @@ def test_a_data_yaml_without_usable_names_is_one_clear_error(tmp_path, content):
         read(tmp_path)
 
 
+@pytest.mark.parametrize(("content", "reason"), [("", "is empty"), ("- cat\n- dog\n", r"holds \['cat', 'dog'\]")])
+def test_a_data_yaml_that_is_no_mapping_is_named_with_what_belongs_there(tmp_path, content, reason):
+    yolo_set(tmp_path)
+    (tmp_path / "data.yaml").write_text(content)
+    with pytest.raises(ToolError, match=rf"data\.yaml {reason}; it must hold a mapping with `names`"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["names: [*j]", "names: [cat, dog]\ntrain: *j", "names: [cat, dog]\npath: *j\nnc: *j"])
+def test_what_a_message_shows_of_a_file_is_short_whatever_aliases_stand_for(tmp_path, key):
+    yolo_set(tmp_path)
+    nested = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True))
+    (tmp_path / "data.yaml").write_text(f"a: &a [{'x' * 50}, {'y' * 50}]\n{nested}{key}\n")
+    try:
+        lines = read(tmp_path).notes
+    except ToolError as error:
+        lines = [str(error)]
+    assert lines and max(map(len, lines)) < 250 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", ["x" * 500, ["x" * 500] * 9, {"a": ["y" * 50] * 9}, "two\nlines " * 50])
+def test_a_long_value_is_cut_to_one_line_of_80_characters(value):
+    assert 70 < len(cut(value)) <= 80 and cut(value).endswith("...") and "\n" not in cut(value)
+
+
 # Zip files
 
 
@@ -249,6 +275,14 @@ def test_a_broken_zip_is_one_clear_error(tmp_path, damage):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ToolError, match="cannot be unpacked"):
         read(file, tmp_path / "scratch")
+
+
+def test_a_zip_that_is_no_set_is_named_and_not_where_it_was_unpacked(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/notes.md").write_text("hello")
+    with pytest.raises(ToolError) as error:
+        read(zipped(tmp_path / "set", tmp_path / "set.zip"), tmp_path / "scratch")
+    assert str(error.value).startswith(f"{tmp_path / 'set.zip'} is no data set") and "scratch" not in str(error.value)
 
 
 # COCO
@@ -360,6 +394,27 @@ def test_two_images_with_one_id_are_an_error(tmp_path):
         read(folder)
 
 
+@pytest.mark.parametrize("format_name", ["auto", "coco"])
+@pytest.mark.parametrize("place", ["labels.json", "annotations/instances_train2017.json", "annotations/mine.json"])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda text: text[:40], "is no COCO object detection file: .*line 1 column"),
+        (lambda text: f"[{text}]", "is no COCO object detection file: it holds list, not an object"),
+        (lambda text: text.replace("categories", "kinds"), "is no COCO object detection file: `categories` is missing"),
+    ],
+)
+def test_a_damaged_coco_file_is_named_with_what_is_wrong(tmp_path, format_name, place, damage, reason):
+    coco_set(tmp_path, [{"id": 1, "name": "cat"}], [(1, 1, [4, 5, 6, 7])])
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text(damage((tmp_path / "_annotations.coco.json").read_text()))
+    (tmp_path / "_annotations.coco.json").unlink()
+    with pytest.raises(ToolError, match=f"{place} {reason}"):
+        read(tmp_path, format_name=format_name)
+    with pytest.raises(ToolError, match=f"{place} {reason}"):
+        read(tmp_path / place, format_name=format_name)
+
+
 # Pascal VOC
 
 
@@ -402,7 +457,9 @@ def test_a_bad_voc_label_is_dropped_alone_and_named(tmp_path, xml, reason):
     voc_set(tmp_path, {"train": 3})
     (tmp_path / "Annotations/train1.xml").write_text(xml)
     source = read(tmp_path)
-    assert len(source.pictures) == 3 and len(labels_of(source)) == 2
+    unreadable = "object 1" not in reasons(source)[0]
+    assert len(source.pictures) == (2 if unreadable else 3) and len(labels_of(source)) == 2
+    assert not source.notes and (source.problems[0].pictures, source.problems[0].boxes) == (unreadable, 1)
     (found,) = reasons(source)
     assert found.startswith("Annotations/train1.xml") and reason in found
 
@@ -522,6 +579,19 @@ def test_label_studio_picture_that_is_missing_or_in_two_folders(tmp_path):
 
 
 # What it is
+
+
+@pytest.mark.parametrize("format_name", ["yolo", "coco", "voc", "open-images", "label-studio"])
+def test_a_forced_format_without_a_label_file_of_its_kind_is_refused(tmp_path, format_name):
+    (voc_set if format_name == "yolo" else lambda folder, _: yolo_set(folder))(tmp_path / "set", {"train": 2})
+    with pytest.raises(ToolError, match=r"set (holds|has) no "):
+        read(tmp_path / "set", format_name=format_name)
+
+
+@pytest.mark.parametrize("options", [{"limit_per_class": 5}, {"exclusions": Path("skip.txt")}])
+def test_flags_for_open_images_are_refused_for_other_sets(tmp_path, options):
+    with pytest.raises(ToolError, match="set is yolo; --limit-per-class and --exclusions are for"):
+        read(yolo_set(tmp_path / "set"), **options)
 
 
 def test_what_is_no_set_is_one_clear_error(tmp_path):

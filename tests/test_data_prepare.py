@@ -152,6 +152,41 @@ def test_a_picture_with_the_suffix_of_another_format_is_kept_under_its_name(tmp_
     assert pictures_of(dataset)[0].name == "train0.jpg"
 
 
+@pytest.mark.parametrize(
+    "line", ["9 0.5 0.5 0.2 0.2", "0 nan 0.5 0.2 0.2", "0 32 24 9 9", "0 0.5 0.5 0 0", "0 1.5 1 0.2 1"]
+)
+def test_a_picture_none_of_whose_boxes_can_be_used_is_no_background(tmp_path, line):
+    yolo_set(tmp_path / "in")
+    (tmp_path / "in/labels/train/train1.txt").write_text(f"{line}\n{line}\n")
+    dataset, report = made(tmp_path / "in", tmp_path / "out")
+    assert "train1.jpg" not in [item.name for item in pictures_of(dataset)]
+    assert reasons(report)[-1] == "images/train/train1.jpg: none of its 2 boxes can be used"
+    assert report["dropped"] == {"pictures": 1, "boxes": 2}
+    assert_books_balance(report)
+
+
+def test_the_same_holds_for_coco_voc_and_label_studio(tmp_path):
+    coco_set(tmp_path / "coco", [{"id": 1, "name": "cat"}], [(1, 1, [4, 5, 6, 7]), (2, 9, [4, 5, 6, 7])])
+    for stem, corner in (("good", 1), ("bad", "x")):
+        picture(tmp_path / f"voc/{stem}.jpg", len(stem))
+        (tmp_path / f"voc/{stem}.xml").write_text(voc_xml(("cat", corner, 1, 9, 9)))
+        picture(tmp_path / f"tasks/{stem}.jpg", len(stem))
+    region = {"type": "rectanglelabels", "value": {"width": 9, "height": 9, "y": 1, "rectanglelabels": ["cat"]}}
+    tasks = [
+        {
+            "data": {"image": f"{stem}.jpg"},
+            "annotations": [{"result": [region | {"value": region["value"] | {"x": x}}]}],
+        }
+        for stem, x in (("good", 1), ("bad", "x"))
+    ]
+    (tmp_path / "tasks/export.json").write_text(json.dumps(tasks))
+    for name, kept in (("coco", "p1.jpg"), ("voc", "good.jpg"), ("tasks", "good.jpg")):
+        dataset, report = made(tmp_path / name, tmp_path / f"{name}-out")
+        assert [item.name for item in pictures_of(dataset)] == [kept]
+        assert reasons(report)[-1].endswith("none of its 1 boxes can be used")
+        assert_books_balance(report)
+
+
 # Copies and names
 
 
@@ -256,9 +291,25 @@ def test_the_split_is_alike_in_classes_and_a_single_picture_goes_to_train():
 )
 def test_every_picture_is_in_one_split_that_takes_any(pictures, fractions, seed):
     keyed = {str(number): classes for number, classes in enumerate(pictures)}
-    placed, _ = stratified(keyed, fractions, seed)
+    placed, single = stratified(keyed, fractions, seed)
     assert placed.keys() == keyed.keys()
-    assert set(placed.values()) <= {split for split, share in zip(SPLITS, fractions, strict=True) if share}
+    takes = {split for split, share in zip(SPLITS, fractions, strict=True) if share}
+    assert set(placed.values()) <= takes
+    if not single and len(pictures) >= len(takes):
+        assert set(placed.values()) == takes
+        for split, share in zip(SPLITS, fractions, strict=True):
+            assert abs(list(placed.values()).count(split) - share * len(pictures)) < 2
+
+
+@pytest.mark.parametrize(
+    ("classes", "each", "totals"), [(5, 3, [12, 2, 1]), (1, 8, [6, 1, 1]), (1, 3, [1, 1, 1]), (1, 2, [2, 0, 0])]
+)
+def test_a_small_set_has_no_empty_split_while_there_are_pictures(classes, each, totals):
+    pictures = {f"{name}{number}": frozenset({name}) for name in "abcde"[:classes] for number in range(each)}
+    for seed in range(5):
+        placed, single = stratified(pictures, (0.8, 0.1, 0.1), seed)
+        assert [list(placed.values()).count(split) for split in SPLITS] == totals and not single
+        assert {key[0] for key, split in placed.items() if split == "train"} == set("abcde"[:classes])
 
 
 def test_the_split_does_not_depend_on_names_only_on_content(tmp_path):
@@ -289,7 +340,7 @@ def test_an_own_split_wins_over_that_of_the_source_and_single_pictures_are_said(
 
 def test_an_empty_split_is_said_and_absent(tmp_path):
     dataset, report = made(yolo_set(tmp_path / "in", {"train": 2, "val": 0}), tmp_path / "out")
-    assert report["notes"][-2:] == ["split valid is empty", "split test is empty"]
+    assert report["notes"] == ["split valid is empty: data.yaml names no picture for val", "split test is empty"]
     assert dataset.splits.keys() == {"train"} and not (tmp_path / "out/valid").exists()
 
 
@@ -312,11 +363,51 @@ def test_a_second_run_changes_nothing(tmp_path, capsys):
     command = ["data", "prepare", "--source", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     assert main(command) == 0
     assert "cat" in capsys.readouterr().out
-    before = {path: path.stat() for path in sorted((tmp_path / "out").rglob("*"))}
+
+    def state():
+        places = sorted((tmp_path / "out").rglob("*"))
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_size) for path in places}
+
+    before = state()
     assert main(command) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: unchanged\n"
-    assert {path: path.stat() for path in sorted((tmp_path / "out").rglob("*"))} == before
+    assert state() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda out: (out / "train/train1.jpg").unlink(), "train1.jpg"),
+        (lambda out: os.truncate(out / "train/train1.jpg", 100), "the pictures of train have"),
+        (lambda out: (out / "valid/_annotations.coco.json").unlink(), "_annotations.coco.json"),
+        (
+            lambda out: (out / "valid/_annotations.coco.json").write_text(
+                (out / "valid/_annotations.coco.json").read_text().replace('"category_id": 1', '"category_id": 2')
+            ),
+            "valid/_annotations.coco.json is not as it was written",
+        ),
+        (lambda out: (out / "valid/_annotations.coco.json").write_text("{"), "prepare the data set again"),
+    ],
+)
+def test_a_damaged_set_is_made_again_and_said_why(tmp_path, capsys, damage, why):
+    yolo_set(tmp_path / "in")
+    command = ["data", "prepare", "--source", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    before = files_of(tmp_path / "out")
+    damage(tmp_path / "out")
+    capsys.readouterr()
+    assert main(command) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"{tmp_path / 'out'}: made again, since ") and why in first
+    assert files_of(tmp_path / "out") == before
+
+
+def test_replace_always_makes_the_set_again(tmp_path, capsys):
+    yolo_set(tmp_path / "in")
+    command = ["data", "prepare", "--source", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--replace"]
+    assert main(command) == main(command) == 0
+    assert "unchanged" not in capsys.readouterr().out
 
 
 def test_a_set_made_otherwise_is_replaced_only_when_asked(tmp_path, capsys):
@@ -356,6 +447,7 @@ def test_more_bad_than_allowed_writes_a_report_and_no_set(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.report.json", "out.report.txt"]
     assert "images/train/train0.jpg: picture cannot be read" in (tmp_path / "out.report.txt").read_text()
     assert main([*command, "--max-bad", "0.1"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert main(command) == 1
     assert "10.00% of its source is bad, more than --max-bad 0.05 allows" in capsys.readouterr().err
 
@@ -450,11 +542,11 @@ def test_a_file_name_that_is_no_text_is_kept_in_a_form_that_is(tmp_path):
     for folder, suffix in (("images", "jpg"), ("labels", "txt")):
         file = tmp_path / f"in/{folder}/train/train0.{suffix}"
         file.rename(os.fsdecode(os.fsencode(file).replace(b"train0", b"caf\xe9")))
-    (tmp_path / "in/labels/train/train1.txt").write_text("0 0 0 0 0\n")
+    (tmp_path / "in/labels/train/train1.txt").write_text("0 0 0 0 0\n0 0.5 0.5 0.5 0.5\n")
     dataset, report = made(tmp_path / "in", tmp_path / "out")
     assert [item.name for item in dataset.split("train")] == ["caf?.jpg", "train1.jpg"]
     assert all(item.file.is_file() for item in dataset.split("train"))
-    assert len(reasons(report)) == 1 and len(boxes_of(dataset)) == 2
+    assert len(reasons(report)) == 1 and len(boxes_of(dataset)) == 3
 
 
 def test_the_result_is_the_same_for_every_hash_seed_and_number_of_workers(tmp_path, monkeypatch, repository):

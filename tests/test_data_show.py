@@ -130,7 +130,9 @@ def test_what_cannot_be_shown_is_named(drawn, tmp_path, capsys):
     with pytest.raises(ToolError, match=r"0\.jpg cannot be read \(No such file"):
         show_dataset(dataset, tmp_path / "out", 1, None, 0)
     assert main(["data", "show", str(drawn.folder), "--output", str(tmp_path / "set" / "dataset.json")]) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    assert "is no folder" in capsys.readouterr().err
+    assert main(["data", "show", str(drawn.folder), "--output", str(tmp_path / "set")]) == 1
+    assert "was not made by Marina (no index.html)" in capsys.readouterr().err
     assert main(["data", "show", str(tmp_path)]) == 1
     assert "prepare" in capsys.readouterr().err
     assert main(["data", "show", str(drawn.folder), "--pictures", "0"]) == 1

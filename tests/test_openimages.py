@@ -174,7 +174,7 @@ def test_excluded_and_missing_pictures_are_counted(tmp_path):
     (tmp_path / "skip.txt").write_text(f"{image_id(1)}\n\n  {image_id(9)} \n")
     source = read(folder, ReadOptions(exclusions=tmp_path / "skip.txt"))
     assert sorted(picture.file.stem for picture in source.pictures) == [image_id(2), image_id(3)]
-    assert [(problem.effect, problem.boxes) for problem in source.problems] == [("left out", 2)]
+    assert [(p.effect, p.where, p.pictures, p.boxes) for p in source.problems] == [("left out", image_id(1), 1, 2)]
     assert source.notes == [f"3 boxes of these classes are on pictures that do not lie in {folder / 'images'}"]
     (tmp_path / "skip.txt").write_text(f"{image_id(1)}\ntrain/1.jpg\n")
     with pytest.raises(ToolError, match=r"skip\.txt, line 2: 'train/1\.jpg' is no image id"):
@@ -189,6 +189,20 @@ def test_a_limit_is_filled_from_the_pictures_that_are_there(tmp_path):
     assert len(read(folder, ReadOptions(limit_per_class=10)).pictures) == 10
 
 
+def test_what_a_limit_leaves_out_is_counted_a_class(tmp_path):
+    rows = [row(number, "Car") for number in range(5)] + [row(number, "Dog") for number in (0, 1, 2, 3, 4, 4)]
+    folder = write_tables(tmp_path, rows)
+    put_pictures(folder, range(5))
+    source = read(folder, ReadOptions(classes=("Car", "Dog"), limit_per_class=2))
+    assert {problem.where for problem in source.problems} == {"Car", "Dog"}
+    assert {(problem.effect, problem.reason) for problem in source.problems} == {
+        ("left out", "beyond --limit-per-class 2")
+    }
+    kept = sum(len(picture.labels) for picture in source.pictures)
+    assert sum(problem.pictures for problem in source.problems) == 5 - len(source.pictures) == 3
+    assert sum(problem.boxes for problem in source.problems) == len(rows) - kept
+
+
 def test_lines_that_cannot_be_used_are_problems(tmp_path):
     lines = [
         row(1, "Car"),
@@ -200,7 +214,7 @@ def test_lines_that_cannot_be_used_are_problems(tmp_path):
     folder = write_tables(tmp_path, lines)
     put_pictures(folder, [1])
     source = read(folder, ReadOptions(classes=("Car",)))
-    assert len(source.pictures[0].labels) == 1
+    assert len(source.pictures[0].labels) == 1 and source.pictures[0].unreadable == 1
     where = "oidv6-train-annotations-bbox.csv"
     assert [(problem.where, problem.boxes) for problem in source.problems] == [(f"{where}:{n}", 1) for n in (3, 4, 5)]
     assert "'../../../../evil' is no image id" in source.problems[1].reason

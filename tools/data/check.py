@@ -80,6 +80,9 @@ def check(job: Job) -> tuple[CheckedPicture | None, list[Problem]]:
         problems += [problem] if problem else []
         if box:
             boxes.append(CheckedBox(label.name, box, label.crowd))
+    if not boxes and (bad := len(source.labels) + source.unreadable):
+        # Objects are on it, so as background it would teach that there are none.
+        return None, [*problems, Problem("dropped", source.name, f"none of its {bad} boxes can be used", pictures=1)]
     content = hashlib.sha256(f"{width}x{height}:".encode())
     content.update(pixels.data)
     name = source.name

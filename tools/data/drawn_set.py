@@ -17,12 +17,13 @@ from tools.config import add_flags, settle
 from tools.data.dataset import INFO, SPLITS, Box, Dataset, Picture, read_dataset
 from tools.data.draw import CLASSES, DIFFICULTIES, SMALLEST_SIDE, draw_scene
 from tools.data.pool import in_order
+from tools.data.split import totals
 from tools.data.write import replacing_folder, write_annotations
 from tools.progress import Progress
 from tools.strict import Strict
 
 SECTION = "draw"
-SHARES = (0.8, 0.1)  # of train and valid, when only the total is given
+SHARES = (0.8, 0.1, 0.1)  # of the splits, when only the total is given
 LARGEST_SIDE = 4096
 JPEG_QUALITY = 90
 FEWEST_A_PROCESS = 100  # pictures: for fewer, starting the process takes longer than drawing
@@ -45,9 +46,8 @@ class DrawSettings(Strict):
     @classmethod
     def _splits(cls, pictures: list[int]) -> list[int]:
         """Kept as one number a split."""
-        if len(pictures) == 1:
-            train, valid = (round(pictures[0] * share) for share in SHARES)
-            pictures = [train, valid, pictures[0] - train - valid]
+        if len(pictures) == 1 and pictures[0] > 0:
+            pictures = totals(pictures[0], SHARES)
         if len(pictures) != len(SPLITS) or min(pictures) < 0 or sum(pictures) < 1:
             raise ValueError(f"give one total or three numbers, for {', '.join(SPLITS)}")
         return pictures

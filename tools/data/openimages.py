@@ -20,6 +20,7 @@ import heapq
 import io
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,14 @@ class _Row:
     group: bool
 
 
+@dataclass
+class _Over:
+    """What of a class is beyond the limit. pictures: each counts for one of its classes."""
+
+    pictures: int = 0
+    boxes: int = 0
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="with the CSV files of boxes and class descriptions")
     parser.add_argument("--classes", nargs="+", required=True, metavar="NAME", help="display names, as 'Traffic sign'")
@@ -142,28 +151,44 @@ def read(folder: Path, options: ReadOptions) -> Source:
     chosen = choose(tables, names, options.limit_per_class, 0, (there.keys() - excluded).__contains__)
     problems: list[Problem] = []
     labels: dict[str, dict[str, list[Label]]] = {split: {} for split in chosen}
-    left_out = missing = 0
+    excluded_boxes: Counter[str] = Counter()
+    unreadable: Counter[str] = Counter()
+    over: dict[str, _Over] = {}
+    counted: set[str] = set()
+    missing = 0
     for split, wanted in chosen.items():
         for row in _rows(tables, split, names, problems):
             if row.image in wanted:
-                labels[split].setdefault(row.image, []).extend(_label(row, problems))
+                found = _label(row, problems)
+                labels[split].setdefault(row.image, []).extend(found)
+                unreadable[row.image] += not found
             elif row.image in excluded:
-                left_out += 1
+                excluded_boxes[row.image] += 1
             elif row.image not in there:
                 missing += 1
+            else:
+                beyond = over.setdefault(row.name, _Over())
+                beyond.boxes += 1
+                beyond.pictures += row.image not in counted
+                counted.add(row.image)
     pictures = [
-        SourcePicture(there[image], relative_name(there[image], images), split, tuple(found))
+        SourcePicture(
+            there[image], relative_name(there[image], images), split, tuple(boxes), unreadable=unreadable[image]
+        )
         for split, by_image in labels.items()
-        for image, found in by_image.items()
+        for image, boxes in by_image.items()
     ]
     if not pictures:
         raise ToolError(f"none of the pictures with these classes lie in {images}; get them with marina data fetch")
-    if left_out:
-        problems.append(Problem("left out", str(options.exclusions), "on excluded pictures", boxes=left_out))
+    for image, count in sorted(excluded_boxes.items()):
+        problems.append(Problem("left out", image, f"listed in {options.exclusions}", int(image in there), count))
+    for name, beyond in sorted(over.items()):
+        reason = f"beyond --limit-per-class {options.limit_per_class}"
+        problems.append(Problem("left out", name, reason, beyond.pictures, beyond.boxes))
     notes = [f"{missing:,} boxes of these classes are on pictures that do not lie in {images}"] if missing else []
-    found = {label.name for picture in pictures for label in picture.labels}
+    seen = {label.name for picture in pictures for label in picture.labels}
     # Of those asked for all, even without a box; of all that Open Images has, those with one.
-    classes = tuple(name for name in dict.fromkeys(names.values()) if options.classes or name in found)
+    classes = tuple(name for name in dict.fromkeys(names.values()) if options.classes or name in seen)
     return Source("open-images", classes, pictures, problems, notes)
 
 

@@ -19,19 +19,19 @@ from pydantic import Field, field_validator
 
 from tools.config import add_flags, settle
 from tools.data.check import CheckedPicture, Job, check
-from tools.data.dataset import INFO, SPLITS, Box, Picture
+from tools.data.dataset import ANNOTATIONS, INFO, SPLITS, Box, Picture, read_dataset
 from tools.data.formats import read_source
 from tools.data.formats.source import Problem, ReadOptions, Source, shown
 from tools.data.merge import merge_copies
 from tools.data.pool import in_order
 from tools.data.report import EFFECTS, REPORT_JSON, REPORT_TEXT, Report
 from tools.data.split import stratified
-from tools.data.write import MADE, check_place, put_in_place, workspace, write_annotations
+from tools.data.write import MADE, check_place, file_digest, put_in_place, workspace, write_annotations
 from tools.errors import ToolError
 from tools.progress import Progress
 from tools.strict import Strict
 
-LAYOUT_VERSION = 1  # of what this module writes; a new one makes sets anew
+LAYOUT_VERSION = 2  # of what this module writes; a new one makes sets anew
 DEFAULT_SPLIT = (0.8, 0.1, 0.1)
 LONGEST_NAME = 255  # bytes, of a file
 PICTURES_A_WORKER = 64  # fewer are done before a process has started
@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if prepared.report is None:
         print(f"{settings.output}: unchanged")
         return 0
+    if prepared.damage:
+        print(f"{settings.output}: made again, since {prepared.damage}")
     report = prepared.report
     print(report.table())
     for note in report.notes:
@@ -94,10 +96,12 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Prepared:
-    """report: None when the set was there already. rate: pictures a second, all in all."""
+    """report: None when the set was there already. rate: pictures a second, all in all. damage: what was no longer
+    as written in the same set, which this one replaces."""
 
     report: Report | None
     rate: float = 0.0
+    damage: str | None = None
 
 
 def prepare(settings: PrepareSettings) -> Prepared:
@@ -109,9 +113,12 @@ def prepare(settings: PrepareSettings) -> Prepared:
     with workspace(output) as scratch:
         sources = _read_sources(settings, scratch)
         digest = _digest(settings, sources)
-        if _made_already(output, digest, settings.max_bad):
+        made_already = not settings.replace and _made_already(output, digest, settings.max_bad)
+        damage = _damage(output) if made_already else None
+        if made_already and damage is None:
             return Prepared(None)
-        check_place(output, INFO, replace=settings.replace)
+        replace_old = settings.replace or made_already
+        check_place(output, INFO, replace=replace_old)
         stored = scratch / "stored"
         stored.mkdir()
         checked, problems = _check_all(settings, sources, stored)
@@ -120,8 +127,10 @@ def prepare(settings: PrepareSettings) -> Prepared:
             _refuse(settings, report, scratch)
         made = scratch / MADE
         _write(made, report, digest, settings)
-        put_in_place(made, output, INFO, replace=settings.replace)
-    return Prepared(report, report.pictures / max(time.monotonic() - started, 1e-9))
+        put_in_place(made, output, INFO, replace=replace_old)
+        for place in _refusal_reports(output):
+            place.unlink(missing_ok=True)
+    return Prepared(report, report.pictures / max(time.monotonic() - started, 1e-9), damage)
 
 
 def _read_sources(settings: PrepareSettings, scratch: Path) -> list[Source]:
@@ -188,6 +197,22 @@ def _made_already(output: Path, digest: str, max_bad: float) -> bool:
     return same
 
 
+def _damage(output: Path) -> str | None:
+    """What is not as it was written: a file that is gone, annotations with another digest, pictures of another size."""
+    try:
+        dataset = read_dataset(output)
+        info = json.loads((output / INFO).read_text(encoding="utf-8"))
+        for split, written in info["splits"].items():
+            if file_digest(output / split / ANNOTATIONS) != written["annotations_sha256"]:
+                return f"{split}/{ANNOTATIONS} is not as it was written"
+            size = sum(picture.file.stat().st_size for picture in dataset.splits[split])
+            if size != info["picture_bytes"][split]:
+                return f"the pictures of {split} have {size:,} bytes, not {info['picture_bytes'][split]:,} as written"
+    except (ToolError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
 def _check_all(
     settings: PrepareSettings, sources: Sequence[Source], folder: Path
 ) -> tuple[list[CheckedPicture], list[Problem]]:
@@ -220,14 +245,17 @@ def _assemble(
     splits = {
         split: _name([picture for picture in kept if placed[picture.content] == split], classes) for split in SPLITS
     }
-    notes += [f"split {split} is empty" for split, pictures in splits.items() if not pictures]
+    said = [note for source in sources for note in source.notes]
+    for split, pictures in splits.items():
+        if not pictures and not any(note.startswith(f"split {split} is empty") for note in said):
+            notes.append(f"split {split} is empty")
     return Report(
         pictures=len(before) + sum(problem.pictures for problem in lost),
         boxes=sum(len(picture.labels) for picture in before) + sum(problem.boxes for problem in lost),
         classes=classes,
         splits={split: pictures for split, pictures in splits.items() if pictures},
         problems=[*read, *problems, *merged, *left_out],
-        notes=[*dict.fromkeys(note for source in sources for note in source.notes), *notes],
+        notes=[*dict.fromkeys(said), *notes],
     )
 
 
@@ -287,9 +315,14 @@ def _key(name: str) -> str:
     return PurePosixPath(name).stem.casefold()
 
 
+def _refusal_reports(output: Path) -> list[Path]:
+    """Where the reports of a run lie that wrote no set."""
+    return [output.with_name(f"{output.name}.{name}") for name in (REPORT_JSON, REPORT_TEXT)]
+
+
 def _refuse(settings: PrepareSettings, report: Report, scratch: Path) -> NoReturn:
     output = settings.output
-    places = [output.with_name(f"{output.name}.{name}") for name in (REPORT_JSON, REPORT_TEXT)]
+    places = _refusal_reports(output)
     report.write(scratch / REPORT_JSON, scratch / REPORT_TEXT)
     for place, name in zip(places, (REPORT_JSON, REPORT_TEXT), strict=True):
         (scratch / name).replace(place)
@@ -312,6 +345,10 @@ def _write(made: Path, report: Report, digest: str, settings: PrepareSettings) -
         "settings": shaping,
         "digest": digest,
         "bad_share": report.bad_share(),
+        "picture_bytes": {
+            split: sum((made / split / picture.name).stat().st_size for picture in pictures)
+            for split, pictures in report.splits.items()
+        },
     }
     write_annotations(made, report.classes, report.splits, info)
     report.write(made / REPORT_JSON, made / REPORT_TEXT)

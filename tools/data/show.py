@@ -14,9 +14,11 @@ from handlers.image import decode
 from tools.checkpoint.safetensors_format import replacing
 from tools.data.check import LIMITS
 from tools.data.dataset import SPLITS, Dataset, Picture, read_dataset
+from tools.data.write import check_place
 from tools.errors import ToolError
 from tools.progress import Progress
 
+PAGE = "index.html"
 COLUMNS = 4
 CELL = 320  # pixels, the longer side of an example
 
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = read_dataset(args.set)
     folder = args.set.resolve()
     output = args.output or folder.with_name(f"{folder.name}-show")
+    check_place(output, PAGE, replace=True)
     try:
         page = show_dataset(dataset, output, args.pictures, args.split, args.seed)
     except OSError as error:
@@ -60,7 +63,7 @@ def show_dataset(dataset: Dataset, output: Path, examples: int, only: str | None
     page = Page(f"Data set {dataset.folder.resolve().name}")
     page.table(*_splits_table(dataset))
     page.table(*_classes_table(dataset))
-    output.mkdir(parents=True, exist_ok=True)
+    sheets: dict[str, bytes] = {}
     for split, pictures in chosen.items():
         rng = default_rng([seed, SPLITS.index(split)])
         picked = sorted(rng.choice(len(pictures), min(examples, len(pictures)), replace=False))
@@ -73,11 +76,14 @@ def show_dataset(dataset: Dataset, output: Path, examples: int, only: str | None
             ),
         }
         for name, (content, caption) in parts.items():
-            with replacing(output / f"{split}-{name}.png") as file:
-                file.write(content)
+            sheets[f"{split}-{name}.png"] = content
             page.picture(content, caption)
-    page.write(output / "index.html")
-    return output / "index.html"
+    output.mkdir(parents=True, exist_ok=True)
+    for sheet_name, content in sheets.items():
+        with replacing(output / sheet_name) as file:
+            file.write(content)
+    page.write(output / PAGE)
+    return output / PAGE
 
 
 def label_statistics(pictures: Sequence[Picture], classes: Sequence[str]) -> np.ndarray:

@@ -10,6 +10,7 @@ behind; the next run on the same output removes it.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -92,10 +93,19 @@ def write_annotations(
         (folder / split).mkdir(exist_ok=True)
         write_json(folder / split / ANNOTATIONS, coco_document(pictures, classes), indent=None)
     counts = {
-        split: {"pictures": len(pictures), "boxes": sum(len(picture.boxes) for picture in pictures)}
+        split: {
+            "pictures": len(pictures),
+            "boxes": sum(len(picture.boxes) for picture in pictures),
+            "annotations_sha256": file_digest(folder / split / ANNOTATIONS),
+        }
         for split, pictures in splits.items()
     }
     write_json(folder / INFO, {"classes": list(classes), "splits": counts, **info})
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:

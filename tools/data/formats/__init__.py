@@ -45,11 +45,22 @@ def read_source(path: Path, scratch: Path, format_name: str = "auto", options: R
     options = options or ReadOptions()
     if not path.exists():
         raise ToolError(f"{path} is not there; give the folder or file of a data set")
-    if path.suffix.lower() == ".zip" and path.is_file():
-        unpack(path, scratch)
-        path, options = scratch, replace(options, inside=scratch)
+    if path.suffix.lower() != ".zip" or not path.is_file():
+        return _read(path, format_name, options)
+    unpack(path, scratch)
+    try:
+        return _read(scratch, format_name, replace(options, inside=scratch))
+    except ToolError as error:
+        # Nobody knows the folder that it was unpacked to, and that is gone.
+        raise ToolError(str(error).replace(str(scratch), str(path))) from error
+
+
+def _read(path: Path, format_name: str, options: ReadOptions) -> Source:
     path = _unwrapped(path)
-    return FORMATS[detect(path) if format_name == "auto" else format_name](path, options)
+    name = detect(path) if format_name == "auto" else format_name
+    if name != "open-images" and (options.limit_per_class or options.exclusions):
+        raise ToolError(f"{path} is {name}; --limit-per-class and --exclusions are for Open Images alone")
+    return FORMATS[name](path, options)
 
 
 def detect(path: Path) -> str:
@@ -74,7 +85,11 @@ def detect(path: Path) -> str:
         for name, found in signs:
             if found():
                 return name
-    raise ToolError(f"{path} is no data set that is known; it may be {', '.join(FORMATS)}, or say which with --format")
+    fault = coco.first_fault(path)
+    raise ToolError(
+        f"{path} is no data set that is known; it may be {', '.join(FORMATS)}, or say which with --format"
+        + (f"; {fault}" if fault else "")
+    )
 
 
 def _unwrapped(path: Path) -> Path:

@@ -7,6 +7,7 @@ The split comes from the name of the file (`instances_val2017.json`) or of its f
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from tools.data.formats.source import (
     ReadOptions,
     Source,
     SourcePicture,
+    cut,
     pictures_below,
     relative_name,
     split_of,
@@ -27,17 +29,32 @@ from tools.data.formats.source import (
 )
 from tools.errors import ToolError
 
+# The names of cocodataset.org are COCO whatever is in them; others only when they look like it.
+PATTERNS = "annotations/instances_*.json", "annotations/*.json", "instances*.json", "*.json"
+
 
 def find_files(folder: Path) -> list[Path]:
     """The annotation files of a set: Roboflow's names, else those in `annotations` and in the folder itself."""
     own = [*folder.glob(ANNOTATIONS), *folder.glob(f"*/{ANNOTATIONS}")]
     if own:
         return sorted(own)
-    for pattern in ("annotations/instances_*.json", "annotations/*.json", "instances*.json", "*.json"):
-        found = [path for path in sorted(folder.glob(pattern)) if looks_like_coco(path)]
+    for pattern in PATTERNS:
+        found = [path for path in sorted(folder.glob(pattern)) if "instances" in pattern or looks_like_coco(path)]
         if found:
             return found
     return []
+
+
+def first_fault(path: Path) -> str | None:
+    """What is wrong with the file, or with the first JSON file of a folder; None where there is none."""
+    files = [file for pattern in PATTERNS for file in sorted(path.glob(pattern))] if path.is_dir() else [path]
+    try:
+        for file in files:
+            if file.suffix.lower() == ".json":
+                _document(file)
+    except ToolError as error:
+        return str(error)
+    return None
 
 
 def looks_like_coco(path: Path) -> bool:
@@ -52,6 +69,8 @@ def looks_like_coco(path: Path) -> bool:
 def read(path: Path, options: ReadOptions) -> Source:
     """`path`: a folder, or one annotation file. Raises ToolError for a file that is no COCO."""
     folder, files = (path, find_files(path)) if path.is_dir() else (path.parent, [path])
+    if not files:
+        raise ToolError(first_fault(path) or f"{path} has no COCO annotation file; give another folder or --format")
     documents = [(file, _document(file)) for file in files]
     dummy = _dummy([document for _, document in documents])
     reader = _Reader(folder, options, dummy)
@@ -77,11 +96,14 @@ def read(path: Path, options: ReadOptions) -> Source:
 def _document(file: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_text(encoding="utf-8-sig"))
-        lists = [document["images"], document["annotations"], document["categories"]]
-        if not all(isinstance(entry, dict) for entries in lists for entry in entries):
-            raise TypeError("an entry is no object")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ToolError(f"{file} is no COCO object detection file ({error!r})") from error
+        if not isinstance(document, dict):
+            raise ValueError(f"it holds {type(document).__name__}, not an object")
+        for key in ("images", "annotations", "categories"):
+            entries = document.get(key)
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise ValueError(f"`{key}` is {'no list of objects' if key in document else 'missing'}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ToolError(f"{file} is no COCO object detection file: {error}") from error
     return document
 
 
@@ -110,22 +132,26 @@ class _Reader:
         for entry in document["categories"]:
             index, name = entry.get("id"), tidy(entry.get("name", ""))
             if not isinstance(index, int) or not name or index in names:
-                raise ToolError(f"{file}: category {entry} has no id of its own and name; mend it")
+                raise ToolError(f"{file}: category {cut(entry)} has no id of its own and name; mend it")
             if index or not self.dummy:
                 names[index] = name
         return names
 
     def pictures(self, file: Path, document: dict[str, Any], names: dict[int, str]) -> Iterator[SourcePicture]:
         labels: dict[Any, list[Label]] = {}
+        unreadable: Counter[Any] = Counter()
         for number, entry in enumerate(document["images"]):
             if not isinstance(entry.get("id"), int | str) or entry["id"] in labels:
                 raise ToolError(f"{file}: images[{number}] has no id of its own, so no box is surely its; mend it")
             labels[entry["id"]] = []
         for number, entry in enumerate(document["annotations"]):
-            where = f"{relative_name(file, self.root)}: annotation {entry.get('id', number)}"
+            where = f"{relative_name(file, self.root)}: annotation {cut(entry.get('id', number))}"
+            image = None
             try:
-                labels[_image_id(entry, labels)].append(_label(entry, names, where))
+                image = _image_id(entry, labels)
+                labels[image].append(_label(entry, names, where))
             except (ValueError, OverflowError) as error:
+                unreadable[image] += 1
                 self.problems.append(Problem("dropped", where, str(error), boxes=1))
         folders = self._folders(file)
         owners: dict[Path, Any] = {}
@@ -134,12 +160,14 @@ class _Reader:
             try:
                 found = _find(str(entry.get("file_name", "")).replace("\\", "/"), folders)
                 if owners.setdefault(found, entry["id"]) != entry["id"]:
-                    raise ValueError(f"{self._name(found)} is the picture of image {owners[found]} already")
+                    raise ValueError(f"{self._name(found)} is the picture of image {cut(owners[found])} already")
             except ValueError as error:
-                where = f"{relative_name(file, self.root)}: image {entry['id']}"
+                where = f"{relative_name(file, self.root)}: image {cut(entry['id'])}"
                 self.problems.append(Problem("dropped", where, str(error), 1, len(boxes)))
                 continue
-            yield SourcePicture(found, self._name(found), _split(file, self.root), boxes, _size(entry))
+            yield SourcePicture(
+                found, self._name(found), _split(file, self.root), boxes, _size(entry), unreadable[entry["id"]]
+            )
 
     def _name(self, picture: Path) -> str:
         return relative_name(picture, self.options.images or self.root)
@@ -173,23 +201,23 @@ def _find(name: str, folders: list[Path]) -> Path:
     places = (folder / end for end in ends for folder in folders if path.name)
     found = next((place for place in places if os.path.isfile(place)), None)
     if found is None:
-        raise ValueError(f"file_name {name[:200]!r} {'leads outside of its folder' if outside else 'is not there'}")
+        raise ValueError(f"file_name {cut(name)!r} {'leads outside of its folder' if outside else 'is not there'}")
     return found
 
 
 def _image_id(entry: dict[str, Any], known: dict[Any, list[Label]]) -> Any:
     index = entry.get("image_id")
     if not isinstance(index, int | str) or index not in known:
-        raise ValueError(f"image_id {index!r} is no image of the file")
+        raise ValueError(f"image_id {cut(index)} is no image of the file")
     return index
 
 
 def _label(entry: dict[str, Any], names: dict[int, str], where: str) -> Label:
     index, box = entry.get("category_id"), entry.get("bbox")
     if not isinstance(index, int) or index not in names:
-        raise ValueError(f"category_id {index!r} is no category of the file")
+        raise ValueError(f"category_id {cut(index)} is no category of the file")
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
-        raise ValueError(f"bbox {str(box)[:80]} is not four numbers")
+        raise ValueError(f"bbox {cut(box)} is not four numbers")
     x, y, width, height = (float(value) for value in box)
     return Label(names[index], (x, y, x + width, y + height), "pixel_xyxy", where, bool(entry.get("iscrowd", 0)))
 

@@ -21,6 +21,7 @@ from tools.data.formats.source import (
     ReadOptions,
     Source,
     SourcePicture,
+    cut,
     pictures_below,
     relative_name,
     tidy,
@@ -72,15 +73,19 @@ class _Reader:
         for path in pictures_below(self.root):
             by_name.setdefault(path.name, []).append(path)
         for number, task in enumerate(tasks, start=1):
-            where = f"task {task.get('id', number)}"
+            where = f"task {cut(task.get('id', number))}"
             results = self._results(where, task)
+            before = len(self.problems)
             labels = tuple(label for result in results for label in self._labels(where, result))
+            unreadable = sum(problem.effect == "dropped" for problem in self.problems[before:])
             name = _picture_name(task)
             found = by_name.get(name) or by_name.get(UPLOAD_PREFIX.sub("", name)) or []
             if len(found) == 1:
-                yield SourcePicture(found[0], relative_name(found[0], self.root), None, labels)
+                yield SourcePicture(found[0], relative_name(found[0], self.root), None, labels, None, unreadable)
                 continue
-            reason = f"picture {name!r} is in {len(found)} folders" if found else f"picture {name!r} is not there"
+            reason = (
+                f"picture {cut(name)!r} is in {len(found)} folders" if found else f"picture {cut(name)!r} is not there"
+            )
             self.problems.append(Problem("dropped", where, reason, 1, len(labels)))
 
     def _results(self, where: str, task: dict[str, Any]) -> list[dict[str, Any]]:
@@ -94,26 +99,28 @@ class _Reader:
         taken = next((entry for entry in done if entry.get("ground_truth")), done[-1])
         for entry in done:
             if entry is not taken:
-                reason = f"annotation {entry.get('id')} gives way to {taken.get('id')} of the same picture"
+                reason = f"annotation {cut(entry.get('id'))} gives way to {cut(taken.get('id'))} of the same picture"
                 self.problems.append(Problem("left out", where, reason, boxes=len(_objects(entry.get("result")))))
         return _objects(taken.get("result"))
 
     def _labels(self, where: str, result: dict[str, Any]) -> Iterator[Label]:
         kind = result.get("type")
-        place = f"{where}: region {result.get('id')}"
+        place = f"{where}: region {cut(result.get('id'))}"
         value = result["value"] if isinstance(result.get("value"), dict) else {}
         if "x" not in value and "points" not in value and kind != "brushlabels":
             return  # a choice or a text about the whole picture
         names = value.get("rectanglelabels")
         try:
             if kind != "rectanglelabels" or not isinstance(names, list) or not names:
-                raise ValueError(f"a region of type {kind!r} with labels {names}; only labelled rectangles are read")
+                raise ValueError(
+                    f"a region of type {cut(kind)} with labels {cut(names)}; only labelled rectangles are read"
+                )
             box = _box(value, result)
         except (ArithmeticError, ValueError, TypeError, KeyError) as error:
-            self.problems.append(Problem("dropped", place, f"no box ({error})", boxes=1))
+            self.problems.append(Problem("dropped", place, f"no box ({' '.join(str(error)[:200].split())})", boxes=1))
             return
         if value.get("rotation"):
-            reason = f"turned by {value['rotation']} degrees; the upright box around it is taken"
+            reason = f"turned by {cut(value['rotation'])} degrees; the upright box around it is taken"
             self.problems.append(Problem("changed", place, reason, boxes=len(names)))
         for name in names:
             yield Label(tidy(name), box, "fraction_xyxy", place)

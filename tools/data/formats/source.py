@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from reprlib import Repr
 from typing import Literal
 
 from tools.data.dataset import INFO
@@ -31,6 +32,10 @@ SPLIT_NAMES = {
 }
 
 HIDDEN = (".", "__MACOSX")
+
+MOST_SHOWN = 80  # characters of a value in a message
+_BRIEF = Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 2, MOST_SHOWN, MOST_SHOWN, MOST_SHOWN
 
 # What counts as a picture in a folder; those that cannot be decoded too, so that they are reported.
 PICTURE_SUFFIXES = frozenset(
@@ -57,13 +62,15 @@ class Label:
 @dataclass(frozen=True, slots=True)
 class SourcePicture:
     """file: where it lies. name: the same relative to the source, `/` between folders. split: of ours, or None
-    where the source has none. size: width and height that the source states, or None."""
+    where the source has none. size: width and height that the source states, or None. unreadable: how many boxes the
+    source has besides `labels` that cannot be read; a picture with these alone is no background."""
 
     file: Path
     name: str
     split: str | None
     labels: tuple[Label, ...] = ()
     size: tuple[int, int] | None = None
+    unreadable: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +145,17 @@ def tidy(name: object) -> str:
     return " ".join(str(name).encode("utf-8", "replace").decode().split())
 
 
+def cut(value: object) -> str:
+    """A value of a file as text on one line, of at most 80 characters.
+
+    Nothing is written out in whole before that: aliases in YAML can stand for more text than there is memory.
+    """
+    text = value if isinstance(value, str) else _BRIEF.repr(value)
+    text = " ".join(text[: 2 * MOST_SHOWN].split())
+    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
+
+
 def shown(values: Iterable[object], most: int = 5) -> str:
     """The first few of many, for one line."""
-    texts = [str(value) for value in values]
+    texts = [cut(value) for value in values]
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

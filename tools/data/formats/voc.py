@@ -19,8 +19,10 @@ from tools.data.formats.source import (
     ReadOptions,
     Source,
     SourcePicture,
+    cut,
     pictures_below,
     relative_name,
+    shown,
     split_of,
     tidy,
 )
@@ -35,6 +37,8 @@ def read(folder: Path, options: ReadOptions) -> Source:
     """Raises ToolError when no picture is found."""
     reader = _Reader(folder, options)
     pictures = list(reader.pictures())
+    if not reader.label_files:
+        raise ToolError(f"{folder} has no XML label file of Pascal VOC; give another folder or --format")
     if not pictures:
         raise ToolError(f"{folder} has XML labels and none of their pictures; say where those lie with --images")
     classes_file = folder / "classes.txt"
@@ -42,7 +46,7 @@ def read(folder: Path, options: ReadOptions) -> Source:
     classes = tuple(dict.fromkeys([*listed, *sorted(reader.names)]))
     unknown = classes[len(set(listed)) :]
     if listed and unknown:
-        reader.notes.append(f"classes.txt lacks {', '.join(unknown)}; added after its own")
+        reader.notes.append(f"classes.txt lacks {shown(unknown, most=20)}; added after its own")
     return Source("voc", classes, pictures, reader.problems, reader.notes)
 
 
@@ -53,6 +57,7 @@ class _Reader:
     names: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    label_files: int = 0
 
     def pictures(self) -> Iterator[SourcePicture]:
         """Every picture with its labels, those without an XML file as background."""
@@ -63,10 +68,10 @@ class _Reader:
         lists = self._split_lists()
         labelled: dict[Path, Path] = {}
         for file in sorted(self.root.rglob("*.xml")):
-            root = self._parse(file)
+            root = self._parse(file, by_stem, labelled)
             if root is None:
                 continue
-            picture = self._picture_of(file, root, by_stem)
+            picture = self._picture_of(file, root.findtext("filename") or "", by_stem)
             objects = root.findall("object")
             where = relative_name(file, self.root)
             if picture is None:
@@ -77,7 +82,7 @@ class _Reader:
             else:
                 labelled[picture] = file
                 labels = tuple(self._labels(where, objects))
-                yield from self._placed(picture, labels, lists, _size(root))
+                yield from self._placed(picture, labels, lists, _size(root), len(objects) - len(labels))
         background = [path for path in there if path not in labelled]
         for path in background:
             yield from self._placed(path, (), lists, None)
@@ -85,14 +90,19 @@ class _Reader:
             self.notes.append(f"{len(background)} pictures have no label file; they are taken as background")
 
     def _placed(
-        self, picture: Path, labels: tuple[Label, ...], lists: dict[str, str], size: tuple[int, int] | None
+        self,
+        picture: Path,
+        labels: tuple[Label, ...],
+        lists: dict[str, str],
+        size: tuple[int, int] | None,
+        unreadable: int = 0,
     ) -> Iterator[SourcePicture]:
         name = relative_name(picture, self.options.images or self.root)
         split = lists.get(picture.stem) if lists else split_of(name)
         if lists and split is None:
             self.problems.append(Problem("left out", name, "in the list of no split", 1, len(labels)))
         else:
-            yield SourcePicture(picture, name, split, labels, size)
+            yield SourcePicture(picture, name, split, labels, size, unreadable)
 
     def _split_lists(self) -> dict[str, str]:
         """Split by stem of the picture; empty when the source has no lists."""
@@ -112,21 +122,28 @@ class _Reader:
                 return splits
         return {}
 
-    def _parse(self, file: Path) -> Element | None:
-        """The root of a VOC file; None for another kind of XML and, with a problem, for a broken one."""
+    def _parse(self, file: Path, by_stem: dict[str, list[Path]], labelled: dict[Path, Path]) -> Element | None:
+        """The root of a VOC file; None for another kind of XML and, with a problem, for a broken one, whose picture
+        goes with it."""
         try:
             if file.stat().st_size > MOST_BYTES:
                 raise ValueError(f"more than {MOST_BYTES:,} bytes")
             root = parse_xml(file.read_bytes())
+            self.label_files += root.tag == "annotation"
         except (OSError, ValueError, expat.ExpatError) as error:
-            where = relative_name(file, self.root)
-            self.problems.append(Problem("dropped", where, f"label file cannot be read ({error})", boxes=1))
+            self.label_files += 1
+            reason, pictures = f"label file cannot be read ({error})", 0
+            picture = self._picture_of(file, "", by_stem)
+            if picture is not None and picture not in labelled:
+                labelled[picture] = file
+                reason, pictures = f"{reason}; its picture is dropped too", 1
+            self.problems.append(Problem("dropped", relative_name(file, self.root), reason, pictures, 1))
             return None
         return root if root.tag == "annotation" else None
 
-    def _picture_of(self, file: Path, root: Element, by_stem: dict[str, list[Path]]) -> Path | None:
+    def _picture_of(self, file: Path, filename: str, by_stem: dict[str, list[Path]]) -> Path | None:
         """By the name of the XML file, which is the picture's in VOC, else by the name written in it."""
-        written = PurePosixPath((root.findtext("filename") or "").strip().replace("\\", "/"))
+        written = PurePosixPath(filename.strip().replace("\\", "/"))
         for stem in (file.stem, written.stem):
             found = by_stem.get(stem, [])
             # Of several, the one in the folder nearest to the label file, and the name as written.
@@ -172,7 +189,7 @@ def _number(item: Element, corner: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise ValueError(f"{corner} is {text!r}, no number") from error
+        raise ValueError(f"{corner} is {cut(text)!r}, no number") from error
 
 
 def _size(root: Element) -> tuple[int, int] | None:

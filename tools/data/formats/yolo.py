@@ -22,6 +22,7 @@ from tools.data.formats.source import (
     ReadOptions,
     Source,
     SourcePicture,
+    cut,
     pictures_below,
     relative_name,
     shown,
@@ -39,14 +40,14 @@ def find_yaml(folder: Path) -> Path | None:
     """The file in `folder` that names classes and splits: `data.yaml`, or another with `names`."""
     others = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     named = [path for path in others if path.stem == "data"]
-    return next((path for path in named or others if named or "names" in _read_yaml(path)), None)
+    return next((path for path in named or others if named or _has_names(path)), None)
 
 
 def read(path: Path, options: ReadOptions) -> Source:
     """`path`: the folder, or its `data.yaml`. Raises ToolError when there is no picture or no class name to be had."""
     folder, file = (path, find_yaml(path)) if path.is_dir() else (path.parent, path)
     reader = _Reader(folder, options)
-    content = _read_yaml(file) if file else {}
+    content = _mapping(file) if file else {}
     reader.names = reader.class_names(file, content)
     if file and "download" in content:
         reader.notes.append(f"{file.name} has a `download:` entry, which was not executed")
@@ -56,12 +57,12 @@ def read(path: Path, options: ReadOptions) -> Source:
             reader.notes.append("no folder that data.yaml names is there; splits are read from the names of folders")
         splits = [(split_of(relative_name(found, folder)), [found]) for found in pictures_below(folder)]
     pictures = list(reader.pictures(splits))
-    if not pictures:
+    if not pictures or not reader.label_files:
         raise ToolError(f"{path} holds no pictures with YOLO labels; give the folder that holds images and labels")
-    reader.leftovers({picture.file for picture in pictures})
+    reader.leftovers({picture.file for picture in pictures} | reader.dropped)
     names = reader.names if reader.names is not None else {i: str(i) for i in sorted(reader.used)}
     if reader.names is None:
-        reader.notes.append("there is no data.yaml and no classes.txt; classes are called by their numbers")
+        reader.notes.append("there is no data.yaml with names and no classes.txt; classes are called by their numbers")
     return Source("yolo", tuple(dict.fromkeys(names.values())), pictures, reader.problems, reader.notes)
 
 
@@ -74,6 +75,7 @@ class _Reader:
     names: Mapping[int, str] | None = None
     used: set[int] = field(default_factory=set)
     label_files: set[Path] = field(default_factory=set)
+    dropped: set[Path] = field(default_factory=set)
     unlabelled: int = 0
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -83,7 +85,7 @@ class _Reader:
             names = _names_of(file, content["names"])
             if content.get("nc", str(len(names))) != str(len(names)):
                 self.notes.append(
-                    f"{file.name} says nc: {content['nc']} and names {len(names)} classes; the names count"
+                    f"{file.name} says nc: {cut(content['nc'])} and names {len(names)} classes; the names count"
                 )
             return self._checked(file, names)
         listed = self.root / "classes.txt"
@@ -111,21 +113,19 @@ class _Reader:
     def splits(self, file: Path, content: Mapping[str, Any]) -> Iterator[tuple[str | None, list[Path]]]:
         """Every split that a data.yaml names, and its pictures."""
         base = file.parent
-        if content.get("path"):
-            base = base / str(content["path"])
-            if not base.is_dir():
-                self.notes.append(
-                    f"{file.name} says path: {content['path']}, which is not there; its own folder is taken"
-                )
-                base = file.parent
+        if path := content.get("path"):
+            if isinstance(path, str) and (base / path).is_dir():
+                base = base / path
+            else:
+                self.notes.append(f"{file.name} says path: {cut(path)}, which is not there; its own folder is taken")
         for key, value in content.items():
             if key not in SPLIT_NAMES or not value:
                 continue
             found: list[Path] = []
             for entry in value if isinstance(value, list) else [value]:
-                place = self._resolve(str(entry), base, file.parent)
+                place = self._resolve(entry, base, file.parent) if isinstance(entry, str) else None
                 if place is None:
-                    self.notes.append(f"{file.name} says {key}: {entry}, which is not there")
+                    self.notes.append(f"{file.name} says {key}: {cut(entry)}, which is not there")
                 elif place.is_file():
                     found += self._listed(place)
                 else:
@@ -154,13 +154,17 @@ class _Reader:
                 found.append(path)
             elif line:
                 where = f"{relative_name(file, self.root)}:{number}"
-                self.problems.append(Problem("dropped", where, f"names {line}, which is not there", pictures=1))
+                self.problems.append(Problem("dropped", where, f"names {cut(line)}, which is not there", pictures=1))
         return found
 
     def pictures(self, splits: Sequence[tuple[str | None, list[Path]]]) -> Iterator[SourcePicture]:
         for split, files in splits:
             for file in files:
-                yield SourcePicture(file, relative_name(file, self.root), split, tuple(self._labels(file)))
+                before = len(self.problems)
+                labels = tuple(self._labels(file))
+                if file not in self.dropped:
+                    name = relative_name(file, self.root)
+                    yield SourcePicture(file, name, split, labels, unreadable=len(self.problems) - before)
         if self.unlabelled:
             self.notes.append(f"{self.unlabelled} pictures have no label file; they are kept as background")
 
@@ -171,7 +175,13 @@ class _Reader:
             self.unlabelled += 1
             return
         self.label_files.add(file)
-        for number, line in enumerate(self._lines(file), start=1):
+        where = relative_name(file, self.root)
+        lines = _lines(file)
+        if lines is None:
+            self.dropped.add(picture)
+            reason = "label file is no UTF-8 text; its picture is dropped too"
+            self.problems.append(Problem("dropped", where, reason, 1, 1))
+        for number, line in enumerate(lines or [], start=1):
             if not line:
                 continue
             where = f"{relative_name(file, self.root)}:{number}"
@@ -187,7 +197,7 @@ class _Reader:
             return str(index)
         if self.names is None or index not in self.names:
             known = shown((self.names or {}).values())
-            raise ValueError(f"class {index} is out of range; there are {len(self.names or {})} classes: {known}")
+            raise ValueError(f"class {cut(index)} is out of range; there are {len(self.names or {})} classes: {known}")
         return self.names[index]
 
     def leftovers(self, used: set[Path]) -> None:
@@ -203,16 +213,16 @@ class _Reader:
             in_place = file.parent in folders or LABELS in file.relative_to(self.root).parts
             if in_place and file.with_suffix("") not in labelled and not _is_no_label(file):
                 where = relative_name(file, self.root)
-                boxes = sum(bool(line) for line in self._lines(file))
+                boxes = sum(bool(line) for line in _lines(file) or [])
                 self.problems.append(Problem("dropped", where, "label file without a picture", boxes=boxes))
 
-    def _lines(self, file: Path) -> list[str]:
-        try:
-            return read_lines(file)
-        except ToolError:
-            where = relative_name(file, self.root)
-            self.problems.append(Problem("dropped", where, "label file is no UTF-8 text", boxes=1))
-            return []
+
+def _lines(file: Path) -> list[str] | None:
+    """None for a file that is no text."""
+    try:
+        return read_lines(file)
+    except ToolError:
+        return None
 
 
 def read_lines(path: Path) -> list[str]:
@@ -226,15 +236,27 @@ def read_lines(path: Path) -> list[str]:
         raise ToolError(f"{path} cannot be read as UTF-8 text ({error})") from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _has_names(path: Path) -> bool:
+    content = _read_yaml(path)
+    return isinstance(content, dict) and "names" in content
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    content = _read_yaml(path)
+    if not isinstance(content, dict):
+        what = "is empty" if not content else f"holds {cut(content)}"
+        raise ToolError(f"{path} {what}; it must hold a mapping with `names` and the folders of `train` and `val`")
+    return content
+
+
+def _read_yaml(path: Path) -> Any:
     try:
         if path.stat().st_size > MOST_YAML_BYTES:
             raise ToolError(f"{path} has more than {MOST_YAML_BYTES:,} bytes, which no data.yaml needs")
         # Every scalar as it is written: to YAML the names `no`, `on` and `1e3` are no text. It makes no objects.
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # noqa: S506
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # noqa: S506
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise ToolError(f"{path} is not YAML: {error}") from error
-    return content if isinstance(content, dict) else {}
+        raise ToolError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _names_of(file: Path, value: Any) -> dict[int, str]:
@@ -244,12 +266,14 @@ def _names_of(file: Path, value: Any) -> dict[int, str]:
     try:
         return {int(index): _text(name) for index, name in items}
     except (TypeError, ValueError) as error:
-        raise ToolError(f"{file}: names must be a list, or a mapping of class ids to names ({error})") from error
+        raise ToolError(
+            f"{file}: names must be a list, or a mapping of class ids to names ({cut(str(error))})"
+        ) from error
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no name")
+        raise TypeError(f"{cut(value)} is no name")
     return tidy(value)
 
 
@@ -259,13 +283,13 @@ def _parse(line: str) -> tuple[int, tuple[float, float, float, float]]:
     try:
         number, *values = [float(column) for column in columns]
     except ValueError as error:
-        raise ValueError(f"not five numbers: {line[:80]}") from error
+        raise ValueError(f"not five numbers: {cut(line)}") from error
     if not number.is_integer():
-        raise ValueError(f"class {columns[0]} is no whole number")
+        raise ValueError(f"class {cut(columns[0])} is no whole number")
     if len(values) == 4:
         return int(number), (values[0], values[1], values[2], values[3])
     if len(values) < 6 or len(values) % 2:
-        raise ValueError(f"{len(columns)} columns where five belong: {line[:80]}")
+        raise ValueError(f"{len(columns)} columns where five belong: {cut(line)}")
     left, right, top, bottom = min(values[::2]), max(values[::2]), min(values[1::2]), max(values[1::2])
     return int(number), ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
 
