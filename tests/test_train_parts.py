@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 import model_defs
 from handlers.weights import read_safetensors
+from model_defs.torchvision_detector import TorchvisionDetector
 from tools.errors import ToolError
 from tools.strict import parse
 from tools.train.batch_size import find_batch
@@ -23,6 +25,29 @@ CLASSES = ("cat", "dog", "hen")
 
 def settings_of(**changes: Any) -> TrainSettings:
     return parse(TrainSettings, {"data": "set", "size": 64, **changes}).resolved()
+
+
+@pytest.mark.parametrize("definition", ["fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_resnet50_fpn"])
+def test_residual_blocks_of_random_weights_add_nothing_at_first(definition: Definition) -> None:
+    model, _ = make_model(settings_of(definition=definition), CLASSES)
+    assert isinstance(model, TorchvisionDetector)
+    blocks = [block for block in model.modules() if getattr(block, "use_res_connect", False)]
+    blocks += [block for block in model.modules() if isinstance(block, Bottleneck) and block.downsample is None]
+    assert len(blocks) >= 10
+    model.eval()
+    for block in blocks:
+        first = next(part for part in block.modules() if isinstance(part, nn.Conv2d))
+        x = torch.rand(1, first.in_channels, 4, 4)
+        torch.testing.assert_close(block(x), x)
+    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.1}
+
+
+def test_proposals_are_half_objects_at_most() -> None:
+    model, _ = make_model(settings_of(definition="fasterrcnn_resnet50_fpn", proposals=12), CLASSES)
+    sampler = model.model.roi_heads.fg_bg_sampler
+    (objects,), (others,) = sampler([torch.cat((torch.ones(40), torch.zeros(40)))])
+    assert (int(objects.sum()), int(others.sum())) == (6, 6)
 
 
 def test_every_definition_can_be_trained() -> None:

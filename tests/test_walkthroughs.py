@@ -11,6 +11,7 @@ from labelled_sets import coco_set, yolo_set
 from tools.cli import main
 from tools.config import add_flags, settle
 from tools.data.dataset import read_dataset
+from tools.data.drawn_set import DrawSettings
 from tools.data.prepare import PrepareSettings
 from tools.train.config import TrainSettings
 
@@ -18,12 +19,23 @@ ARCHIVES = Path(__file__).resolve().parent.parent / "archives"
 PROJECTS = sorted(ARCHIVES.glob("*/project.yaml"))
 
 
-@pytest.mark.parametrize("project", PROJECTS, ids=lambda path: path.parent.name)
+SECTIONS = {
+    "prepare": (PrepareSettings, ["--source", "a", "--output", "b"]),
+    "draw": (DrawSettings, ["--output", "b"]),
+    "train": (TrainSettings, ["--data", "b"]),
+}
+
+
 @pytest.mark.parametrize(
-    ("section", "kind", "flags"),
-    [("prepare", PrepareSettings, ["--source", "a", "--output", "b"]), ("train", TrainSettings, ["--data", "b"])],
+    ("project", "section"),
+    [
+        pytest.param(path, section, id=path.parent.name)
+        for path in PROJECTS
+        for section in yaml.safe_load(path.read_text())
+    ],
 )
-def test_every_setting_is_known(project, section, kind, flags):
+def test_every_setting_is_known(project, section):
+    kind, flags = SECTIONS[section]
     parser = argparse.ArgumentParser()
     add_flags(parser, kind, section)
     settings = settle(parser.parse_args(["--config", str(project), *flags]), kind, section)
@@ -34,7 +46,8 @@ def test_every_setting_is_known(project, section, kind, flags):
 @pytest.mark.parametrize("project", PROJECTS, ids=lambda path: path.parent.name)
 def test_the_commands_it_shows_are_those_that_it_is_for(project):
     text = project.read_text()
-    for command in ("data prepare", "train"):
+    first, second = yaml.safe_load(text)
+    for command in (f"data {first}", second):
         assert f"marina {command} --config {project.relative_to(ARCHIVES.parent)}" in text
 
 

@@ -89,7 +89,7 @@ class TrainSettings(Augmentation):
     objectness_gain: float = Field(1.0, ge=0, description="weight of the objectness in YOLOv5's loss")
     class_gain: float = Field(0.5, ge=0, description="weight of the classes in YOLOv5's loss")
     # 64 as Fast R-CNN has them (arXiv:1504.08083, section 2.3): 512, torchvision's own, take most of the time.
-    proposals: int = Field(64, ge=1, description="of a picture, that Faster R-CNN's second stage learns from")
+    proposals: int = Field(64, ge=2, description="of a picture, for Faster R-CNN's second stage; at most half objects")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the classes in YOLOv5's loss")
 
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forward pass; fp16 on GPUs only")

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.mobilenetv3 import InvertedResidual
+from torchvision.models.resnet import Bottleneck
 
 import model_defs
 from handlers.labels import BACKGROUND
@@ -17,6 +19,13 @@ from tools.train.config import TrainSettings
 from tools.train.loss import Gains, yolov5_loss
 from tools.train.pictures import Batch
 
+# Of the statistics of torchvision's batch normalisations. Its MobileNet has 0.01, with which they follow the weights a
+# hundred steps behind; a short training has none to spare.
+STATISTICS_MOMENTUM = 0.1
+# Of the proposals that Faster R-CNN's second stage learns from, at most so many are objects: with fewer proposals than
+# torchvision's 512, its quarter would be few.
+POSITIVE_FRACTION = 0.5
+
 
 def label_names(settings: TrainSettings, classes: tuple[str, ...]) -> list[str]:
     """What the network's labels mean, as `index_to_name.json` says it."""
@@ -28,11 +37,26 @@ def make_model(settings: TrainSettings, classes: tuple[str, ...]) -> tuple[Detec
     seed. Raises ToolError for weights that do not fit."""
     torch.manual_seed(settings.seed)
     detector = _build(settings, len(label_names(settings, classes)))
-    if isinstance(detector, TorchvisionDetector) and hasattr(detector.model, "roi_heads"):
-        detector.model.roi_heads.fg_bg_sampler.batch_size_per_image = settings.proposals
+    if isinstance(detector, TorchvisionDetector):
+        _for_short_training(detector, settings)
     note = "weights: random" if settings.weights is None else _load_weights(detector, settings)
     freeze(detector, settings.freeze, norms=settings.freeze_norms)
     return detector.to(memory_format=torch.channels_last), [note]  # type: ignore[call-overload]
+
+
+def _for_short_training(detector: TorchvisionDetector, settings: TrainSettings) -> None:
+    if hasattr(detector.model, "roi_heads"):
+        sampler = detector.model.roi_heads.fg_bg_sampler
+        sampler.batch_size_per_image, sampler.positive_fraction = settings.proposals, POSITIVE_FRACTION
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = STATISTICS_MOMENTUM
+        # Residual blocks that add nothing at first make a network of random weights learn faster
+        # (arXiv:1706.02677, section 5.1).
+        if isinstance(module, InvertedResidual) and module.use_res_connect:
+            nn.init.zeros_(module.block[-1][1].weight)
+        if isinstance(module, Bottleneck):
+            nn.init.zeros_(module.bn3.weight)
 
 
 def _build(settings: TrainSettings, num_labels: int) -> Detector:
