@@ -1,6 +1,9 @@
-"""marina bench handler | build
+"""marina bench handler | serve | engines | peers | build
 
 marina bench handler model-store/yolov5n-coco.mar
+marina bench serve model-store/yolov5n-coco.mar --image bus.jpg --concurrency 1 4 16
+marina bench engines archives/yolov5n-coco --weights yolov5n.pt --calibration photos --threads 2
+marina bench peers archives/yolov5n-coco --weights yolov5n.pt --image bus.jpg --chart peers.png
 marina bench build archives/fasterrcnn-oxford-pets --weights pets.pth --report build.json
 """
 
@@ -8,30 +11,104 @@ import argparse
 import json
 import os
 import platform
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from handlers.settings import PRECISIONS
 from tools.errors import ToolError
+
+ENGINES = ("torch", "onnx", "openvino", "aoti")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_handler(actions.add_parser("handler", help="stage by stage, what the handler adds to the forward pass"))
+    _add_serve(actions.add_parser("serve", help="a server under load, beside what its engine can do without one"))
+    _add_engines(actions.add_parser("engines", help="every engine that can run a recipe's network, side by side"))
+    _add_peers(actions.add_parser("peers", help="TorchServe as it comes, FastAPI, LitServe and mosec, beside ours"))
+    _add_build(actions.add_parser("build", help="seconds and memory of `archive build`, beside torch-model-archiver"))
 
-    handler = actions.add_parser("handler", help="stage by stage, what the handler adds to the forward pass")
-    handler.add_argument("archive", type=Path)
-    handler.add_argument(
+
+def _add_handler(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("archive", type=Path)
+    parser.add_argument(
         "--image", type=Path, metavar="FILE", help="default: the archive's first golden picture as a 640x480 JPEG"
     )
-    handler.add_argument("--runs", type=_positive, default=100, metavar="N", help="default: %(default)s")
-    handler.add_argument("--threads", type=_positive, default=1, metavar="N", help="and cores; default: %(default)s")
+    parser.add_argument("--runs", type=_positive, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="and cores; default: %(default)s")
+    _add_output(parser, chart=False)
 
-    build = actions.add_parser("build", help="seconds and memory of `archive build`, beside torch-model-archiver")
-    build.add_argument("recipe", type=Path, help="an archive.yaml, or its folder")
-    build.add_argument("--weights", type=Path, metavar="FILE", help="weights that lie elsewhere than the recipe says")
-    build.add_argument("--rounds", type=_positive, default=3, metavar="N", help="default: %(default)s")
 
-    for action in (handler, build):
-        action.add_argument("--report", type=Path, metavar="FILE.json", help="write every figure there as well")
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("archive", type=Path, nargs="?", help="served for the time of the measurement")
+    parser.add_argument("--url", help="instead: a model on a server, as http://127.0.0.1:8080/predictions/NAME")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds the token of the server at --url")
+    parser.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="pictures to send in turn; default: the archive's first golden picture as a 640x480 JPEG",
+    )
+    parser.add_argument(
+        "--concurrency", type=_positive, nargs="+", default=[1, 4, 16], metavar="N", help="connections; default: 1 4 16"
+    )
+    _add_seconds(parser)
+    _add_output(parser)
+
+
+def _add_engines(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=list(PRECISIONS),
+        default=list(ENGINES),
+        metavar="NAME",
+        help=f"of {', '.join(PRECISIONS)}; default: {' '.join(ENGINES)}",
+    )
+    parser.add_argument(
+        "--image", type=Path, metavar="FILE", help="default: the recipe's first golden picture as a 640x480 JPEG"
+    )
+    parser.add_argument("--runs", type=_positive, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="and cores; default: %(default)s")
+    _add_output(parser)
+
+
+def _add_peers(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument("--image", type=Path, nargs="+", required=True, metavar="FILE", help="to send in turn")
+    parser.add_argument("--connections", type=_positive, default=4, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="by turns; default: %(default)s")
+    _add_seconds(parser)
+    _add_output(parser)
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="an archive.yaml, or its folder")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights that lie elsewhere than the recipe says")
+    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="default: %(default)s")
+    _add_output(parser, chart=False)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="an archive.yaml, or its folder; its `runtime` does not count")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights that lie elsewhere than the recipe says")
+    parser.add_argument("--calibration", type=Path, metavar="DIR", help="pictures that int8 is fitted to")
+
+
+def _add_seconds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=_positive, default=10, metavar="S", help="of load; default: %(default)s")
+    parser.add_argument("--warmup", type=_positive, default=3, metavar="S", help="before it; default: %(default)s")
+
+
+def _add_output(parser: argparse.ArgumentParser, chart: bool = True) -> None:
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write every figure there as well")
+    if chart:
+        parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the figures there as bars")
 
 
 def _positive(text: str) -> int:
@@ -42,19 +119,79 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    report: Any
-    if args.action == "handler":
-        from tools.bench.handler import bench_handler
-
-        report = bench_handler(args.archive, args.image, args.runs, args.threads)
-    else:
-        from tools.bench.build import bench_build
-
-        report = bench_build(args.recipe, args.weights, args.rounds)
+    """Prints the table and writes the files. Returns 1 when something failed under load, 0 otherwise."""
+    report = {"handler": _handler, "serve": _serve, "engines": _engines, "peers": _peers, "build": _build}[args.action](
+        args
+    )
     print(report.as_table())
     if args.report:
-        _write(args.report, {"machine": machine(), **vars(report)})
-    return 0
+        _write(args.report, (json.dumps({"machine": machine(), **asdict(report)}, indent=1) + "\n").encode())
+    if getattr(args, "chart", None):
+        from tools.report.charts import bars
+
+        names, values = zip(*report.as_bars().items(), strict=True)
+        _write(args.chart, bars(names, values, report.chart_title))
+    failures = getattr(report, "failures", [])
+    for line in failures:
+        print(f"marina: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _handler(args: argparse.Namespace) -> Any:
+    from tools.bench.handler import bench_handler
+
+    return bench_handler(args.archive, args.image, args.runs, args.threads)
+
+
+def _serve(args: argparse.Namespace) -> Any:
+    from tools.bench.serve import Target, bench_archive, bench_url
+
+    if (args.archive is None) == (args.url is None):
+        raise ToolError("name one thing to load: an ARCHIVE to serve, or a server with --url")
+    if args.archive:
+        if args.token_file:
+            raise ToolError("--token-file goes with --url; a server of our own has its own token")
+        return bench_archive(args.archive, args.image, args.concurrency, args.seconds, args.warmup)
+    if not args.image:
+        raise ToolError("a server at --url gets pictures of yours: give one or more with --image FILE")
+    target = Target(args.url, _token(args.token_file))
+    return bench_url(target, args.image, args.concurrency, args.seconds, args.warmup)
+
+
+def _token(path: Path | None) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip() if path else None
+    except OSError as error:
+        raise ToolError(f"token file {path} cannot be read ({error.strerror})") from error
+
+
+def _engines(args: argparse.Namespace) -> Any:
+    from tools.bench.engines import bench_engines
+
+    return bench_engines(
+        args.recipe, args.weights, args.backends, args.calibration, args.image, args.runs, args.threads
+    )
+
+
+def _peers(args: argparse.Namespace) -> Any:
+    from tools.bench.peers.compare import bench_peers
+
+    return bench_peers(
+        args.recipe,
+        args.weights,
+        args.calibration,
+        args.image,
+        args.connections,
+        args.seconds,
+        args.warmup,
+        args.rounds,
+    )
+
+
+def _build(args: argparse.Namespace) -> Any:
+    from tools.bench.build import bench_build
+
+    return bench_build(args.recipe, args.weights, args.rounds)
 
 
 def machine() -> dict[str, Any]:
@@ -71,11 +208,11 @@ def _cpu() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise ToolError(f"report {path} cannot be written ({error.strerror}); name another file") from error
+        raise ToolError(f"{path} cannot be written ({error.strerror}); name another file") from error

@@ -1,6 +1,5 @@
 """What the handler adds to the forward pass, measured on the pipeline that serves: request in, answer out."""
 
-import io
 import os
 import statistics
 import tempfile
@@ -12,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from tools.archive.reader import Archive, open_archive
+from tools.archive.reader import open_archive
+from tools.bench.pictures import described, given_pictures, golden_picture
 from tools.errors import ToolError
 
 if TYPE_CHECKING:
     from handlers.pipeline import Pipeline
 
-SIZE = (640, 480)
 FORWARD = "forward pass"
 # The stages of a request in their order. Where the pipeline times one itself, its name there.
 STAGES = {
@@ -65,28 +62,13 @@ def bench_handler(path: Path, image: Path | None, runs: int, threads: int) -> Ha
     Raises ToolError or BadArchive with one line.
     """
     with open_archive(path) as archive, tempfile.TemporaryDirectory(prefix="marina-") as folder, _cores(threads):
-        body = _picture(archive, image)
+        body = golden_picture(archive) if image is None else given_pictures([image])[0]
         archive.extract(Path(folder))
         samples, device = _measure(Path(folder), archive.config, body, runs, threads)
-        with Image.open(io.BytesIO(body)) as opened:
-            picture = f"{opened.format} of {opened.width}x{opened.height} pixels and {len(body)} bytes"
         name = f"{archive.name} {archive.version}"
-    return HandlerReport(name, picture, device, threads, runs, {stage: _summary(samples[stage]) for stage in samples})
-
-
-def _picture(archive: Archive, image: Path | None) -> bytes:
-    if image is not None:
-        try:
-            return image.read_bytes()
-        except OSError as error:
-            raise ToolError(f"picture {image} cannot be read ({error.strerror}); give another with --image") from error
-    golden = (archive.settings or {}).get("golden")
-    if not golden:
-        raise ToolError(f"{archive.path} has no golden picture to take; give a picture with --image FILE")
-    buffer = io.BytesIO()
-    with Image.open(io.BytesIO(archive.read(golden[0]["image"]))) as opened:
-        opened.convert("RGB").resize(SIZE).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+    return HandlerReport(
+        name, described(body), device, threads, runs, {stage: _summary(samples[stage]) for stage in samples}
+    )
 
 
 @contextmanager
@@ -133,7 +115,7 @@ def _timed_candidates(pipeline: "Pipeline") -> Callable[[], float]:
     """Put a clock around the network; the function that comes back gives the milliseconds of its last call."""
     import torch
 
-    candidates, last = pipeline.detector.candidates, 0.0
+    candidates, last = pipeline.network.candidates, 0.0
 
     def timed(*args: Any) -> Any:
         nonlocal last
@@ -144,7 +126,7 @@ def _timed_candidates(pipeline: "Pipeline") -> Callable[[], float]:
         last = _now() - start
         return found
 
-    pipeline.detector.candidates = timed  # type: ignore[assignment, method-assign]
+    pipeline.network.candidates = timed  # type: ignore[assignment, method-assign]
     return lambda: last
 
 
