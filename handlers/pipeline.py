@@ -39,10 +39,9 @@ from handlers.labels import check_background, load_labels
 from handlers.options import Options, default_options, parse_options
 from handlers.request import Instance, read_request
 from handlers.response import Context, error_answer, json_answer, kserve_answer, render
+from handlers.runtimes import Network, load_network
 from handlers.settings import Settings, parse_settings
-from handlers.weights import Uninitialised, load_state, read_safetensors
-from model_defs import build
-from model_defs.contract import Detections, Detector
+from model_defs.contract import Detections
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +91,12 @@ class Answer:
 
 
 class Pipeline:
-    """The detector of one archive with its labels and settings. Keeps nothing of a request."""
+    """The network of one archive with its labels and settings. Keeps nothing of a request."""
 
-    def __init__(self, settings: Settings, labels: list[str], detector: Detector, device: torch.device):
+    def __init__(self, settings: Settings, labels: list[str], network: Network, device: torch.device):
         self.settings = settings
         self.labels = labels
-        self.detector = detector
+        self.network = network
         self.device = device
         self.defaults = default_options(settings)
 
@@ -112,21 +111,13 @@ class Pipeline:
         _set_threads(config)
         device = _device(settings.device, gpu)
         labels = load_labels(folder / settings.labels)
-        try:
-            with Uninitialised():
-                detector = build(settings.model.definition, len(labels), **settings.model.args)
-        except ValueError as error:
-            raise BadSettings(str(error)) from error
-        check_background(labels, detector.has_background, settings.model.definition)
-        if detector.letterbox and settings.preprocess.size % detector.stride:
+        network = load_network(folder, settings, len(labels), device)
+        check_background(labels, network.has_background, settings.model.definition)
+        if network.letterbox and settings.preprocess.size % network.stride:
             raise BadSettings(
-                f"preprocess.size is {settings.preprocess.size}, not a multiple of the model's stride {detector.stride}"
+                f"preprocess.size is {settings.preprocess.size}, not a multiple of the model's stride {network.stride}"
             )
-        load_state(detector, read_safetensors(folder / settings.weights))
-        detector.requires_grad_(False).eval().optimise()
-        # TorchServe lets matrices multiply with less precision (TF32) on GPUs; fp32 means fp32 here.
-        torch.set_float32_matmul_precision("highest")
-        return cls(settings, labels, detector.to(device), device)
+        return cls(settings, labels, network, device)
 
     def check_golden(self, folder: Path, record: bool = False) -> list[dict[str, Any]]:
         """Answer the golden pictures, which also warms up; the answers come back as format `detections`.
@@ -198,14 +189,14 @@ class Pipeline:
         if item.options.format == "image":
             item.pixels = pixels
         image = torch.from_numpy(pixels).permute(2, 0, 1)
-        if not self.detector.letterbox:
+        if not self.network.letterbox:
             try:
-                self.detector.check_size(item.height, item.width)
+                self.network.check_size(item.height, item.width)
             except ValueError as error:
                 raise InvalidImage(str(error)) from error
             item.tensor = image
             return
-        item.plan = plan_letterbox(item.height, item.width, self.settings.preprocess, self.detector.stride)
+        item.plan = plan_letterbox(item.height, item.width, self.settings.preprocess, self.network.stride)
         item.tensor = letterbox(image, item.plan)
 
     def infer(self, jobs: list[Job]) -> None:
@@ -228,10 +219,9 @@ class Pipeline:
         start = time.perf_counter()
         try:
             with torch.inference_mode():
-                batch = torch.stack([item.tensor for item in items if item.tensor is not None])
-                images = batch.to(self.device).float().div_(255)
+                images = torch.stack([item.tensor for item in items if item.tensor is not None])
                 threshold = min(item.options.score_threshold for item in items)
-                found = self.detector.candidates(images, threshold, items[0].options.multi_label)
+                found = self.network.candidates(images, threshold, items[0].options.multi_label)
                 elapsed = round((time.perf_counter() - start) * 1000, 3)
                 for item, candidates in zip(items, found, strict=True):
                     item.timing_ms["inference"] = elapsed

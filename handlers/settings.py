@@ -6,6 +6,7 @@ same classes describe the recipe that the archive is built from.
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from handlers.errors import BadSettings
@@ -92,13 +93,54 @@ class Response:
     format: Format = "torchserve"
 
 
+Backend = Literal["torch", "onnx", "openvino", "aoti", "tensorrt"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "torch": ("fp32", "bf16", "fp16"),
+    "onnx": ("fp32",),
+    "openvino": ("fp32", "bf16", "int8"),
+    "aoti": ("fp32",),
+    "tensorrt": ("fp32", "fp16"),
+}
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """What executes the network."""
+    """What executes the network, in which precision.
+
+    shape: `fixed` writes an exported network for one picture of preprocess.size x preprocess.size, `dynamic` for any
+    number of any size.
+    """
 
     __pydantic_config__ = STRICT
-    backend: Literal["torch"] = "torch"
-    precision: Literal["fp32"] = "fp32"
+    backend: Backend = "torch"
+    precision: Precision = "fp32"
+    shape: Literal["dynamic", "fixed"] = "dynamic"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS[self.backend]:
+            raise ValueError(
+                f"precision is {self.precision}, but {self.backend} has {', '.join(PRECISIONS[self.backend])}"
+            )
+        if self.backend == "torch" and self.shape == "fixed":
+            raise ValueError("shape is fixed, but torch takes every shape; leave it out")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the file of an exported network does not tell; the first three as `model_defs.contract.Detector` has them.
+
+    outputs: their names, in order: one of rows as YOLOv5 gives them, or boxes, labels and scores of one picture.
+    single: it takes one picture at a time. machine: the only kind that it runs on, where there is one.
+    """
+
+    has_background: bool
+    letterbox: bool
+    stride: int
+    outputs: tuple[str, ...]
+    single: bool
+    machine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +168,7 @@ class Settings:
     runtime: Runtime
     device: Literal["auto", "cpu", "gpu"]
     golden: tuple[Golden, ...]
+    exported: Exported | None = None
 
 
 def parse_settings(section: Any) -> Settings:
@@ -159,6 +202,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         return _parse(hint, value, where)
     origin = get_origin(hint)
+    if origin is UnionType:
+        kind, _ = get_args(hint)
+        return None if value is None else _convert(kind, value, where)
     if origin is Literal:
         if value not in get_args(hint):
             raise BadSettings(f"{where}: {value!r} is not one of {', '.join(map(str, get_args(hint)))}")

@@ -164,7 +164,7 @@ def test_only_the_modules_that_are_needed(shapes: Path) -> None:
     assert "model_defs/yolov5/network.py" in names
     assert "model_defs/torchvision_detector.py" not in names
     assert "handlers/detection_handler.py" not in names
-    assert "model_defs/torchvision_detector.py" in modules_for("ssdlite320_mobilenet_v3_large")
+    assert "model_defs/torchvision_detector.py" in modules_for("ssdlite320_mobilenet_v3_large", "torch")
 
 
 @pytest.mark.parametrize(

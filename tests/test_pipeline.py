@@ -20,6 +20,7 @@ import handlers.pipeline
 from handlers import response
 from handlers.errors import BadArchive, BadSettings, InvalidImage, MarinaError
 from handlers.pipeline import MAX_FORWARD, Job, Pipeline, dry_run, load_checked
+from handlers.runtimes.torch import TorchNetwork
 from handlers.settings import parse_settings
 from model_defs import build
 from model_defs.yolov5 import YOLOv5
@@ -46,7 +47,8 @@ def torchvision_pipeline():
         "golden": [],
     }  # fmt: skip
     labels = ["__background__", *LABELS]
-    return Pipeline(parse_settings(section), labels, detector.requires_grad_(False), torch.device("cpu"))
+    network = TorchNetwork(detector, torch.device("cpu"), torch.float32)
+    return Pipeline(parse_settings(section), labels, network, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def recorded(monkeypatch, detector, fails=lambda images: False):
 
 @both
 def test_a_mixed_batch_answers_each_as_it_would_alone(pipeline):
-    large = np.tile(scene(400, 600), (10, 10, 1)) if pipeline.detector.letterbox else scene(600, 400)
+    large = np.tile(scene(400, 600), (10, 10, 1)) if pipeline.network.letterbox else scene(600, 400)
     requests = [
         encode(scene(200, 320), "JPEG")[:900],
         encode(Image.fromarray(scene(240, 320)).convert("L"), "JPEG"),
@@ -101,10 +103,10 @@ def test_neighbours_of_one_shape_share_a_forward_pass(pipeline, monkeypatch):
     pictures = [encode(scene(240, 320, seed)) for seed in range(5)]
     requests = [({"body": picture}, DETECTIONS) for picture in pictures]
     alone = [detections(ask(pipeline, request)[0]) for request in requests]
-    shapes = recorded(monkeypatch, pipeline.detector)
+    shapes = recorded(monkeypatch, pipeline.network)
     together = ask(pipeline, *requests[:3], encode(scene(320, 200)), *requests[3:])
     assert [(shape[0], shape[2:]) for shape in shapes] == (
-        [(5, (256, 320)), (1, (320, 224))] if pipeline.detector.letterbox else [(5, (240, 320)), (1, (320, 200))]
+        [(5, (256, 320)), (1, (320, 224))] if pipeline.network.letterbox else [(5, (240, 320)), (1, (320, 200))]
     )
     for one, other in zip(alone, [*map(detections, together[:3]), *map(detections, together[4:])], strict=True):
         assert len(one) == len(other) > 10
@@ -138,7 +140,7 @@ def by_place(found):
 
 
 def test_forward_passes_are_bounded(small_pipeline, monkeypatch):
-    shapes = recorded(monkeypatch, small_pipeline.detector)
+    shapes = recorded(monkeypatch, small_pipeline.network)
     ask(small_pipeline, *[encode(scene(32, 320))] * (MAX_FORWARD + 1))
     assert [shape[0] for shape in shapes] == [MAX_FORWARD, 1]
     monkeypatch.setattr(handlers.pipeline, "MAX_FORWARD_PIXELS", 2 * 32 * 320)
@@ -152,8 +154,8 @@ def test_a_picture_that_the_model_fails_on_is_alone_with_it(small_pipeline, monk
     alone = [ask(small_pipeline, picture)[0] for picture in good]
     recorded(
         monkeypatch,
-        small_pipeline.detector,
-        fails=lambda images: bool((images[:, :, 100:150] == 1).all((1, 2, 3)).any()),
+        small_pipeline.network,
+        fails=lambda images: bool((images[:, :, 100:150] == 255).all((1, 2, 3)).any()),
     )
     with caplog.at_level(logging.ERROR):
         first, failed, last = ask(small_pipeline, good[0], white, good[1])

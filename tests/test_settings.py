@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from handlers.errors import BadSettings
-from handlers.settings import Golden, Settings, parse_settings
+from handlers.settings import Exported, Golden, Settings, parse_settings
 
 SECTION = {
     "name": "pets",
@@ -19,7 +19,7 @@ SECTION = {
     "postprocess": {"score_threshold": 0.3, "iou_threshold": 1, "max_detections": 10, "class_agnostic": True},
     "limits": {"max_bytes": 1000, "max_pixels": 2000},
     "response": {"format": "coco"},
-    "runtime": {"backend": "torch", "precision": "fp32"},
+    "runtime": {"backend": "torch", "precision": "fp32", "shape": "dynamic"},
     "device": "cpu",
     "golden": [{"image": "golden/a.jpg", "detections": "golden/a.json"}],
 }
@@ -41,9 +41,32 @@ def changed(path, value):
 def test_settings_are_taken_and_written_back():
     found = parse_settings(SECTION)
     assert isinstance(found, Settings)
-    assert json.loads(json.dumps(asdict(found))) == SECTION
+    assert json.loads(json.dumps(asdict(found))) == SECTION | {"exported": None}
     assert found.golden == (Golden("golden/a.jpg", "golden/a.json"),)
     assert type(found.postprocess.iou_threshold) is float
+
+
+def test_an_exported_network_brings_what_its_file_does_not_tell():
+    exported = {
+        "has_background": False, "letterbox": True, "stride": 32, "outputs": ["output0"], "single": False,
+        "machine": None,
+    }  # fmt: skip
+    section = SECTION | {"runtime": {"backend": "onnx", "precision": "fp32", "shape": "fixed"}, "exported": exported}
+    found = parse_settings(section)
+    assert found.exported == Exported(False, True, 32, ("output0",), False)
+    assert json.loads(json.dumps(asdict(found))) == section
+
+
+@pytest.mark.parametrize(
+    ("runtime", "message"),
+    [
+        ({"backend": "onnx", "precision": "int8"}, "precision is int8, but onnx has fp32"),
+        ({"backend": "torch", "shape": "fixed"}, "shape is fixed, but torch takes every shape"),
+    ],
+)
+def test_an_engine_has_its_own_precisions_and_shapes(runtime, message):
+    with pytest.raises(BadSettings, match=message):
+        parse_settings(SECTION | {"runtime": runtime})
 
 
 def test_parts_have_defaults():

@@ -12,11 +12,13 @@ COMMANDS = {
     "data": ("tools.data.command", "labelled pictures in any form to a data set; look at one; draw one"),
     "train": ("tools.train.command", "a data set to weights, a report and a recipe"),
     "evaluate": ("tools.evaluate.command", "how good weights, an archive or a server are; quality gates; comparison"),
+    "export": ("tools.export.command", "a recipe's network as a file of ONNX, OpenVINO or AOTInductor"),
     "archive": ("tools.archive.command", "build, inspect, verify and diff .mar files"),
     "serve": ("tools.serve.command", "run TorchServe on a model store"),
     "smoke": ("tools.smoke.command", "ask a running server for health, an answer and a refusal"),
     "doctor": ("tools.doctor.command", "what this machine lacks, and how to mend it"),
     "bench": ("tools.bench.command", "measure the handler and the build"),
+    "tune": ("tools.tune.command", "the engine, workers and batches that serve a recipe fastest on this machine"),
 }
 
 # What `pip install marina` leaves out, and the extra that brings it.
@@ -24,6 +26,10 @@ EXTRAS = {
     "faster_coco_eval": "train",
     "matplotlib": "train",
     "mlflow": "mlflow",
+    "nncf": "openvino",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
     "optuna": "train",
     "pytorch_lightning": "train",
     "rich": "train",

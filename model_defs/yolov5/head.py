@@ -1,4 +1,4 @@
-"""The anchor head of YOLOv5: raw maps, decoded boxes, candidates.
+"""The anchor head of YOLOv5: raw maps and decoded boxes.
 
 A cell predicts, for each of its anchors, `x y w h objectness class_0 ... class_n` as logits.
 """
@@ -7,8 +7,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-
-from model_defs.contract import Detections
 
 
 class Detect(nn.Module):
@@ -55,7 +53,8 @@ class Detect(nn.Module):
         levels = []
         for logits, stride, anchors in zip(raw, self.strides, self.anchors, strict=True):
             batch, _, rows, columns, _ = logits.shape
-            y = logits.sigmoid()
+            # Half the bits of float32 would place a box to several pixels.
+            y = logits.float().sigmoid()
             grid_y, grid_x = torch.meshgrid(
                 torch.arange(rows, device=y.device, dtype=y.dtype),
                 torch.arange(columns, device=y.device, dtype=y.dtype),
@@ -66,26 +65,3 @@ class Detect(nn.Module):
             size = (y[..., 2:4] * 2) ** 2 * (anchors * stride)[:, None, None, :]
             levels.append(torch.cat((centre, size, y[..., 4:]), dim=-1).view(batch, -1, self.outputs_per_anchor))
         return torch.cat(levels, dim=1)
-
-
-def candidates(decoded: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
-    """The best class of every box, or every class if `multi_label`, whose score, objectness x class score, is
-    above `score_threshold`.
-
-    `decoded` is `[B, N, 5 + classes]` as `Detect.decode` gives it; the boxes come out as xyxy in input pixels.
-    """
-    result = []
-    for rows in decoded:
-        rows = rows[rows[:, 4] > score_threshold]
-        class_scores = rows[:, 5:] * rows[:, 4:5]
-        if multi_label:
-            keep, labels = (class_scores > score_threshold).nonzero(as_tuple=True)
-            scores = class_scores[keep, labels]
-        else:
-            scores, labels = class_scores.max(dim=1)
-            keep = scores > score_threshold
-            scores, labels = scores[keep], labels[keep]
-        centre, half = rows[keep, :2], rows[keep, 2:4] / 2
-        boxes = torch.cat((centre - half, centre + half), dim=1)
-        result.append(Detections(boxes, labels, scores))
-    return result

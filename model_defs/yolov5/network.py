@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from model_defs.candidates import from_rows
 from model_defs.contract import Detections, Detector
-from model_defs.yolov5.head import Detect, candidates
+from model_defs.yolov5.head import Detect
 from model_defs.yolov5.layers import C3, SPPF, Conv
 
 
@@ -136,7 +137,7 @@ class YOLOv5(Detector):
         return self.head.decode(self.raw(images))
 
     def candidates(self, images: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
-        return candidates(self(images), score_threshold, multi_label)
+        return from_rows(self(images), score_threshold, multi_label)
 
     def fuse(self) -> None:
         """Fold every batch normalisation into its convolution."""

@@ -1,10 +1,12 @@
 """Recipe to archive.
 
 recipe -> code, settings, labels, pictures -> draft .mar -> extracted -> clean process: golden answers
-          weights, checked -> safetensors --/                         -> provenance -> verified -> renamed
+          weights, checked -> safetensors --/                         -> compared with torch in fp32, if not that itself
+                           -> exported -----/                         -> provenance -> verified -> renamed
 """
 
 import json
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -12,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from handlers.errors import BadSettings
 from handlers.labels import load_labels
-from handlers.settings import Golden, Settings
+from handlers.settings import Golden, Runtime, Settings
 from model_defs import DEFINITIONS
 from tools.archive.closure import SOURCE, modules_for
 from tools.archive.dryload import CleanProcess
@@ -29,6 +31,12 @@ from tools.archive.verify import check_digests, check_entries
 from tools.archive.writer import ArchiveWriter, timestamp, write_archive
 from tools.checkpoint import Checkpoint, open_checkpoint, safetensors_parts
 from tools.errors import ToolError
+from tools.export.calibration import Calibration, read_calibration
+from tools.export.support import check_runtime
+
+if TYPE_CHECKING:
+    from tools.export.pair import Pair
+    from tools.export.parity import Report
 
 WEIGHTS = "model.safetensors"
 LABELS = "index_to_name.json"
@@ -36,6 +44,7 @@ CONFIG = "model-config.yaml"
 HANDLER = "detection_handler.py"
 # Seconds for a worker to load, check its golden pictures and warm up; failures end it at once.
 STARTUP_TIMEOUT = 300
+GPU_BATCH = 8
 # Recorded answers are about as coarse as they are compared, so that a recipe gives the same bytes again.
 BOX_DIGITS = 1
 SCORE_DIGITS = 3
@@ -52,15 +61,20 @@ class Built:
 
 
 def build_archive(
-    recipe: Recipe, output: Path, weights: Path | None = None, process: CleanProcess | None = None
+    recipe: Recipe,
+    output: Path,
+    weights: Path | None = None,
+    process: CleanProcess | None = None,
+    calibration: Path | None = None,
 ) -> Built:
     """Build and verify the archive of a recipe; `output` is replaced at the very end, or not touched at all.
 
-    weights: the file to take instead of the recipe's. process: one that was started before, to save time.
-    Raises BadSettings, BadArchive or ToolError with one line.
+    weights: the file to take instead of the recipe's. process: one that was started before, to save time. calibration:
+    a folder of pictures or a data set, for what is not torch in fp32. Raises BadSettings, BadArchive or ToolError with
+    one line.
     """
     try:
-        return _build(recipe, output, weights, process)
+        return _build(recipe, output, weights, process, calibration)
     except OSError as error:
         raise ToolError(
             f"{error.filename or output}: {error.strerror or error}; write the archive elsewhere with --output, or set"
@@ -68,16 +82,20 @@ def build_archive(
         ) from error
 
 
-def _build(recipe: Recipe, output: Path, weights: Path | None, process: CleanProcess | None) -> Built:
+def _build(
+    recipe: Recipe, output: Path, weights: Path | None, process: CleanProcess | None, calibration: Path | None
+) -> Built:
     labels = check_recipe(recipe)
-    settings = settings_of(recipe)
-    config = model_config(recipe, settings)
+    samples = read_calibration(calibration, recipe.runtime)
     source = find_weights(recipe, weights)
-    modules = {name: path.read_bytes() for name, path in modules_for(recipe.model.definition).items()}
+    modules = {
+        name: path.read_bytes() for name, path in modules_for(recipe.model.definition, recipe.runtime.backend).items()
+    }
     digests: dict[str, dict[str, int | str]] = {}
     output.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="marina-") as scratch,
+        tempfile.TemporaryDirectory(prefix="marina-") as work,
         tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside,
         open_checkpoint(source) as checkpoint,
     ):
@@ -87,19 +105,24 @@ def _build(recipe: Recipe, output: Path, weights: Path | None, process: CleanPro
             (folder / name).write_bytes(code)
         with process or CleanProcess() as process:
             process.import_code(folder)
-            notes = _check_weights(recipe, checkpoint, labels)
+            notes = check_weights(recipe, checkpoint, labels)
+            pair = _pair(recipe, checkpoint, samples, Path(work))
+            settings = pair.settings if pair else settings_of(recipe)
+            config = model_config(recipe, settings)
             with write_archive(draft, digests) as writer:
                 _add_parts(writer, recipe, settings, config, modules)
-                with writer.open(WEIGHTS) as sink:
-                    for part in safetensors_parts(checkpoint.tensors, checkpoint.metadata):
-                        sink.write(part)
+                _add_network(writer, pair, checkpoint)
             with open_archive(draft) as archive:
                 archive.extract(folder)
                 process.load(config)
                 # In the meantime: the large entries now, so that the last check need not wait for them.
                 check_digests(archive, digests)
             checked = set(digests)
-            provenance = _provenance(recipe, source, checkpoint)
+            provenance = _provenance(recipe, source, checkpoint, samples)
+            if pair:
+                report = _compare(recipe, pair, folder, config, samples)
+                notes.append(report.line())
+                provenance["parity"] = report.document()
             dry = process.result()
         with write_archive(draft, digests) as writer:
             for golden, answer in zip(settings.golden, dry.answers, strict=True):
@@ -113,12 +136,36 @@ def _build(recipe: Recipe, output: Path, weights: Path | None, process: CleanPro
     return Built(output, output.stat().st_size, dry.answers, notes)
 
 
+def _pair(recipe: Recipe, checkpoint: Checkpoint, samples: Calibration, folder: Path) -> "Pair | None":
+    """What runs and what it is compared with; None for torch in fp32, which is what others are compared with."""
+    if recipe.runtime == Runtime():
+        return None
+    # Not before: it imports torch, which a plain archive needs in the clean process alone.
+    from tools.export.pair import make_pair
+
+    settings = settings_of(recipe)
+    return make_pair(settings, golden_parts(recipe, settings) | label_parts(recipe), checkpoint, samples, folder)
+
+
+def _compare(recipe: Recipe, pair: "Pair", folder: Path, config: dict[str, Any], samples: Calibration) -> "Report":
+    """The extracted archive against torch in fp32. Raises ToolError when it is out of bounds."""
+    from handlers.pipeline import Pipeline
+    from tools.export import parity
+
+    other = Pipeline.load(folder, config)
+    bounds = parity.bounds_of(recipe.runtime.precision, recipe.parity)
+    report = parity.prove(pair.reference, other, folder, samples, bounds)
+    parity.check(report, bounds)
+    return report
+
+
 def check_recipe(recipe: Recipe) -> list[str]:
     """What can be known before anything is written; the labels come back."""
     if recipe.model.definition not in DEFINITIONS:
         raise BadSettings(
             f"model.definition is {recipe.model.definition!r}; known definitions: {', '.join(DEFINITIONS)}"
         )
+    check_runtime(recipe.model.definition, recipe.runtime, recipe.preprocess, recipe.serving.device)
     labels = load_labels(recipe.beside(recipe.labels))
     if recipe.response.format == "torchserve" and "score" in labels:
         raise BadSettings("a class named 'score' cannot be told from the score in format torchserve; rename one")
@@ -129,7 +176,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
     return labels
 
 
-def _check_weights(recipe: Recipe, checkpoint: Checkpoint, labels: list[str]) -> list[str]:
+def check_weights(recipe: Recipe, checkpoint: Checkpoint, labels: list[str]) -> list[str]:
+    """What there is to say about them. Raises BadSettings for those of another size of the network."""
     wanted = recipe.model.args.get("size")
     if recipe.model.definition == "yolov5" and checkpoint.size and wanted and checkpoint.size != wanted:
         raise BadSettings(f"model.args.size is {wanted!r}, but the weights are of YOLOv5{checkpoint.size}; correct one")
@@ -166,7 +214,7 @@ def model_config(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     config: dict[str, Any] = {
         "minWorkers": serving.min_workers,
         "maxWorkers": serving.max_workers,
-        "batchSize": serving.batch_size,
+        "batchSize": serving.batch_size or (GPU_BATCH if serving.device == "gpu" else 1),
         "maxBatchDelay": serving.max_batch_delay_ms,
         "responseTimeout": serving.response_timeout_s,
         "startupTimeout": STARTUP_TIMEOUT,
@@ -180,20 +228,44 @@ def model_config(recipe: Recipe, settings: Settings) -> dict[str, Any]:
 def _add_parts(
     writer: ArchiveWriter, recipe: Recipe, settings: Settings, config: dict[str, Any], modules: Mapping[str, bytes]
 ) -> None:
-    """Everything that is known before the archive has run, the weights apart."""
-    parts = dict(modules)
-    parts[MANIFEST] = _json(_manifest(recipe))
+    """Everything that is known before the archive has run, the network apart."""
+    parts = dict(modules) | label_parts(recipe)
+    parts[MANIFEST] = _json(_manifest(recipe, settings))
     parts[CONFIG] = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
-    parts[LABELS] = recipe.beside(recipe.labels).read_bytes()
-    for golden, packed in zip(recipe.golden, settings.golden, strict=True):
-        parts[packed.image] = recipe.beside(golden.image).read_bytes()
-        if golden.detections:
-            parts[packed.detections] = recipe.beside(golden.detections).read_bytes()
+    for name, content in golden_parts(recipe, settings).items():
+        # Answers stand in the recipe for fp32; another precision rounds its own way, and parity says how far.
+        if recipe.runtime.precision == "fp32" or not name.endswith(".json"):
+            parts[name] = content
     for name in sorted(parts):
         writer.add(name, parts[name])
 
 
-def _manifest(recipe: Recipe) -> dict[str, Any]:
+def _add_network(writer: ArchiveWriter, pair: "Pair | None", checkpoint: Checkpoint) -> None:
+    if pair is None or not pair.files:
+        with writer.open(WEIGHTS) as sink:
+            for part in safetensors_parts(checkpoint.tensors, checkpoint.metadata):
+                sink.write(part)
+        return
+    for name, path in pair.files.items():
+        with writer.open(name) as sink, path.open("rb") as source:
+            shutil.copyfileobj(source, sink)
+
+
+def label_parts(recipe: Recipe) -> dict[str, bytes]:
+    return {LABELS: recipe.beside(recipe.labels).read_bytes()}
+
+
+def golden_parts(recipe: Recipe, settings: Settings) -> dict[str, bytes]:
+    """Golden pictures, and the answers that the recipe gives, by their names in the archive."""
+    parts = {}
+    for golden, packed in zip(recipe.golden, settings.golden, strict=True):
+        parts[packed.image] = recipe.beside(golden.image).read_bytes()
+        if golden.detections:
+            parts[packed.detections] = recipe.beside(golden.detections).read_bytes()
+    return parts
+
+
+def _manifest(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     year, month, day, hour, minute, second = timestamp()
     return {
         "createdOn": f"{day:02}/{month:02}/{year} {hour:02}:{minute:02}:{second:02}",
@@ -202,16 +274,17 @@ def _manifest(recipe: Recipe) -> dict[str, Any]:
             "modelName": recipe.name,
             "modelVersion": recipe.version,
             "handler": HANDLER,
-            "serializedFile": WEIGHTS,
+            "serializedFile": settings.weights,
             "configFile": CONFIG,
         },
         "archiverVersion": f"marina {metadata.version('marina')}",
     }
 
 
-def _provenance(recipe: Recipe, source: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+def _provenance(recipe: Recipe, source: Path, checkpoint: Checkpoint, samples: Calibration) -> dict[str, Any]:
     """What is known before the archive has run."""
-    return {
+    fitted = samples.document() if recipe.runtime.precision == "int8" else {}
+    return fitted | {
         "recipe": recipe.model_dump(mode="json"),
         "weights": {
             "file": source.name,

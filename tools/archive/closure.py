@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import handlers
+from handlers.runtimes import PACKAGE as RUNTIMES
 from model_defs import DEFINITIONS
 
 SOURCE = Path(handlers.__file__).resolve().parent.parent
@@ -11,12 +12,15 @@ PACKAGES = ("handlers", "model_defs")
 ENTRY = "handlers/detection_handler.py"
 
 
-def modules_for(definition: str) -> dict[str, Path]:
+def modules_for(definition: str, backend: str) -> dict[str, Path]:
     """Names in the archive and where the files lie now. The entry module stands at the root, under the
     name that the manifest gives to TorchServe. Raises KeyError for an unknown definition."""
     found: dict[str, Path] = {}
     _collect(SOURCE / ENTRY, found)
-    _collect_module(DEFINITIONS[definition], found)
+    _collect_module(f"{RUNTIMES}.{backend}", found)
+    if backend == "torch":
+        # Other backends have the network in a file of their own.
+        _collect_module(DEFINITIONS[definition], found)
     del found[ENTRY]
     return {Path(ENTRY).name: SOURCE / ENTRY} | dict(sorted(found.items()))
 

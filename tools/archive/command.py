@@ -14,6 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("recipe", type=Path, help="an archive.yaml, or its folder")
     build.add_argument("--weights", type=Path, metavar="FILE", help="weights that lie elsewhere than the recipe says")
     build.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="pictures, or a prepared data set: what int8 is fitted to, and what an engine's answers are compared on",
+    )
+    build.add_argument(
         "--output", type=Path, metavar="FILE.mar", help=f"where to write it (default {DEFAULT_STORE}/NAME.mar)"
     )
 
@@ -43,7 +49,7 @@ def _build(args: argparse.Namespace) -> int:
 
         recipe = load_recipe(args.recipe)
         output = args.output or DEFAULT_STORE / f"{recipe.name}.mar"
-        built = build_archive(recipe, output, args.weights, process)
+        built = build_archive(recipe, output, args.weights, process, args.calibration)
     for note in built.notes:
         print(f"note: {note}")
     found = sum(len(answer["detections"]) for answer in built.answers)

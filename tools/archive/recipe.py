@@ -36,11 +36,14 @@ class GoldenEntry(Strict):
 
 
 class Serving(Strict):
-    """How TorchServe runs the archive; times in milliseconds and seconds as the names say."""
+    """How TorchServe runs the archive; times in milliseconds and seconds as the names say.
+
+    batch_size: left out, 8 with device gpu and else 1, for TorchServe makes every batch that is not full wait.
+    """
 
     min_workers: int = Field(1, ge=1, le=256)
     max_workers: int = Field(1, ge=1, le=256)
-    batch_size: int = Field(8, ge=1, le=1024)
+    batch_size: int | None = Field(None, ge=1, le=1024)
     max_batch_delay_ms: int = Field(5, ge=1, le=60_000)
     response_timeout_s: int = Field(60, ge=1, le=86_400)
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -50,6 +53,17 @@ class Serving(Strict):
         if self.max_workers < self.min_workers:
             raise ValueError(f"max_workers is {self.max_workers}, less than min_workers {self.min_workers}")
         return self
+
+
+class Parity(Strict):
+    """How far the answers may be from those of torch in fp32; `tools.export.parity` says what each means. What is left
+    out follows from the precision."""
+
+    min_iou: float | None = Field(None, ge=0, le=1)
+    max_score_difference: float | None = Field(None, ge=0, le=1)
+    max_gained: float | None = Field(None, ge=0, le=100)
+    max_lost: float | None = Field(None, ge=0, le=100)
+    max_map_drop: float | None = Field(None, ge=0, le=1)
 
 
 class Recipe(Strict):
@@ -64,6 +78,7 @@ class Recipe(Strict):
     limits: Limits = Limits()
     response: Response = Response()
     runtime: Runtime = Runtime()
+    parity: Parity = Parity()
     serving: Serving = Serving()
     golden: list[GoldenEntry] = Field(default_factory=list)
 

@@ -1,0 +1,39 @@
+"""AOTInductor: compiled when the archive was built, so that no worker compiles."""
+
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from handlers.errors import BadArchive
+from handlers.runtimes.exported import ExportedNetwork
+from handlers.settings import Settings
+
+
+def machine() -> str:
+    """What the compiled code depends on."""
+    version = torch.__version__.partition("+")[0]
+    return f"torch {version}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def load(folder: Path, settings: Settings, num_labels: int, device: torch.device) -> ExportedNetwork:
+    """The network of an extracted archive. Raises BadArchive, one line that names the cause."""
+    del num_labels, device  # both stand in the file
+    assert settings.exported is not None
+    if settings.exported.machine != machine():
+        raise BadArchive(
+            f"{settings.weights} was compiled for {settings.exported.machine}, but this is {machine()}; build the"
+            " archive on such a machine, or with another backend"
+        )
+    from torch._inductor import aoti_load_package
+
+    try:
+        compiled = aoti_load_package(str(folder / settings.weights))
+    except RuntimeError as error:
+        raise BadArchive(f"{settings.weights} cannot be loaded ({str(error).partition(chr(10))[0]})") from error
+
+    def run(images: Tensor) -> list:
+        return [compiled(images)]
+
+    return ExportedNetwork(settings.exported, run)

@@ -1,0 +1,53 @@
+"""A network's files without an archive, for people who run them in programs of their own."""
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from handlers.geometry import PADDING
+from handlers.runtimes.exported import INPUT
+from handlers.settings import Settings
+from tools.archive.build import check_recipe, check_weights, label_parts, settings_of
+from tools.archive.recipe import Recipe
+from tools.archive.sources import find_weights
+from tools.checkpoint import open_checkpoint
+from tools.errors import ToolError
+from tools.export.calibration import read_calibration
+from tools.export.pair import make_pair
+
+DESCRIPTION = "network.json"
+
+
+def write_network(recipe: Recipe, weights: Path | None, calibration: Path | None, output: Path) -> list[Path]:
+    """The files of the recipe's network under `output`, and what there is to know about them beside them.
+
+    Files of the same names are replaced when all is done. Raises BadSettings, BadArchive or ToolError with one line.
+    """
+    labels = check_recipe(recipe)
+    samples = read_calibration(calibration, recipe.runtime)
+    source = find_weights(recipe, weights)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".marina-", dir=output) as work, open_checkpoint(source) as checkpoint:
+            check_weights(recipe, checkpoint, labels)
+            pair = make_pair(settings_of(recipe), label_parts(recipe), checkpoint, samples, Path(work))
+            description = Path(work) / DESCRIPTION
+            description.write_text(json.dumps(_description(pair.settings, labels), indent=1, ensure_ascii=False) + "\n")
+            return [path.replace(output / path.name) for path in (*pair.files.values(), description)]
+    except OSError as error:
+        raise ToolError(f"{error.filename or output}: {error.strerror or error}; name another --output") from error
+
+
+def _description(settings: Settings, labels: list[str]) -> dict[str, Any]:
+    """What one must know to use the network: how pictures go in, what its outputs mean."""
+    assert settings.exported is not None
+    return {
+        "network": settings.weights,
+        "input": INPUT,
+        **asdict(settings.exported),
+        "runtime": asdict(settings.runtime),
+        "preprocess": asdict(settings.preprocess) | {"padding": PADDING} if settings.exported.letterbox else None,
+        "labels": labels,
+    }
