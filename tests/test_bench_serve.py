@@ -79,7 +79,8 @@ def server() -> Iterator[Server]:
 def test_load_sends_the_pictures_in_turn(server: Server) -> None:
     load = run_load(server.url, PICTURES, 1, 1, token="secret-token")
     # wrk asks the script for one request before it starts.
-    bodies = [body for _, _, body in server.seen]
+    *bodies, after = [body for _, _, body in server.seen]
+    assert after == PICTURES[0]
     start = PICTURES.index(bodies[0])
     assert bodies == [PICTURES[(start + index) % 3] for index in range(len(bodies))]
     kinds = {body: headers["Content-Type"] for _, headers, body in server.seen}
@@ -87,7 +88,7 @@ def test_load_sends_the_pictures_in_turn(server: Server) -> None:
     assert {path for path, _, _ in server.seen} == {"/predictions/a%20b?x=1"}
     assert {headers["Authorization"] for _, headers, _ in server.seen} == {"Bearer secret-token"}
     # What is under way at the end has no answer.
-    assert 0 <= len(server.seen) - load.requests <= 1
+    assert 0 <= len(bodies) - load.requests <= 1
     assert load.images_per_s == pytest.approx(load.requests / load.seconds, rel=0.01)
     assert 0 < load.p50_ms <= load.p90_ms <= load.p99_ms
 
@@ -135,6 +136,18 @@ def test_a_server_that_never_answers_is_a_failure(server: Server) -> None:
     server.status = lambda number: 200 * release.wait()
     try:
         with pytest.raises(LoadFailure, match="no answer in 1 s; the server hangs"):
+            run_load(server.url, PICTURES, 1, 1)
+    finally:
+        release.set()
+
+
+@needs_wrk
+def test_a_server_that_hangs_late_is_a_failure(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.bench.load.LATEST_S", 2)
+    release = threading.Event()
+    server.status = lambda number: 200 if number < 50 else 200 * release.wait()
+    try:
+        with pytest.raises(LoadFailure, match="49 answers under load, but ReadTimeout to the first request after it"):
             run_load(server.url, PICTURES, 1, 1)
     finally:
         release.set()

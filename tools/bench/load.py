@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+
 from handlers.image import sniff
 from tools.errors import ToolError
 
@@ -42,7 +44,8 @@ def run_load(url: str, bodies: Sequence[bytes], connections: int, seconds: int, 
     """Post encoded pictures to the predictions of a model. Each connection waits for its answer before it sends again.
 
     The token goes into files that nobody else can read, never into a command line.
-    Raises LoadFailure when an answer is not 200, comes late or not at all, ToolError when wrk is not installed.
+    Raises LoadFailure when an answer is not 200, comes late or not at all, under load or right after it, ToolError
+    when wrk is not installed.
     """
     with tempfile.TemporaryDirectory(prefix="marina-") as folder:  # of mode 0700
         for number, body in enumerate(bodies, start=1):
@@ -57,7 +60,26 @@ def run_load(url: str, bodies: Sequence[bytes], connections: int, seconds: int, 
     if done.returncode or MARK not in output:
         said = (output + done.stderr.decode(errors="replace")).strip().partition("\n")[0]
         raise LoadFailure(f"{url} cannot be loaded: {said or f'wrk ended with exit code {done.returncode}'}")
-    return _read(url, output.partition(MARK)[2], connections)
+    load = _read(url, output.partition(MARK)[2], connections)
+    _check_alive(url, bodies[0], token, load)
+    return load
+
+
+def _check_alive(url: str, body: bytes, token: str | None, load: Load) -> None:
+    """wrk forgets what is still without an answer at its end: of a server that died, everything."""
+    status: int | str
+    try:
+        status = httpx.post(url, content=body, headers=_headers(body, token), timeout=LATEST_S).status_code
+    except httpx.HTTPError as error:
+        status = type(error).__name__
+    if status != httpx.codes.OK:
+        raise LoadFailure(f"{url}: {load.requests} answers under load, but {status} to the first request after it")
+
+
+def _headers(body: bytes, token: str | None) -> dict[str, str]:
+    kind = sniff(body)
+    headers = {"Content-Type": f"image/{kind.lower()}" if kind else "application/octet-stream"}
+    return headers | ({"Authorization": f"Bearer {token}"} if token else {})
 
 
 def _request(url: str, body: bytes, token: str | None) -> bytes:
@@ -65,10 +87,7 @@ def _request(url: str, body: bytes, token: str | None) -> bytes:
     parts = urllib.parse.urlsplit(url)
     path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     lines = [f"POST {path} HTTP/1.1", f"Host: {parts.netloc}", f"Content-Length: {len(body)}"]
-    kind = sniff(body)
-    lines.append(f"Content-Type: {f'image/{kind.lower()}' if kind else 'application/octet-stream'}")
-    if token:
-        lines.append(f"Authorization: Bearer {token}")
+    lines += [f"{name}: {value}" for name, value in _headers(body, token).items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
