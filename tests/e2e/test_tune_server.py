@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,12 +104,18 @@ def test_an_interrupt_says_how_to_go_on(recipe: Recipe, tmp_path: Path) -> None:
     scratch.mkdir()
     command = [sys.executable, "-m", "tools.cli", "tune", str(recipe.path), "--slo", "p99=150ms"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(scratch)}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(scratch)},
+        # Whoever starts the tests in the background has it ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while not list(scratch.glob("marina-*")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate()
+    said, errors = process.communicate(timeout=60)
     line = "marina: interrupted; the same command goes on after the last finished trial\n"
     assert (process.returncode, said, errors) == (130, "", line)
     assert not list(scratch.iterdir())
