@@ -36,8 +36,8 @@ def _add_handler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", type=Path, metavar="FILE", help="default: the archive's first golden picture as a 640x480 JPEG"
     )
-    parser.add_argument("--runs", type=_positive, default=100, metavar="N", help="default: %(default)s")
-    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="and cores; default: %(default)s")
+    parser.add_argument("--runs", type=positive, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="and cores; default: %(default)s")
     _add_output(parser, chart=False)
 
 
@@ -54,7 +54,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="pictures to send in turn; default: the archive's first golden picture as a 640x480 JPEG",
     )
     parser.add_argument(
-        "--concurrency", type=_positive, nargs="+", default=[1, 4, 16], metavar="N", help="connections; default: 1 4 16"
+        "--concurrency", type=positive, nargs="+", default=[1, 4, 16], metavar="N", help="connections; default: 1 4 16"
     )
     _add_seconds(parser)
     _add_output(parser)
@@ -73,16 +73,16 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", type=Path, metavar="FILE", help="default: the recipe's first golden picture as a 640x480 JPEG"
     )
-    parser.add_argument("--runs", type=_positive, default=100, metavar="N", help="default: %(default)s")
-    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="and cores; default: %(default)s")
+    parser.add_argument("--runs", type=positive, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="and cores; default: %(default)s")
     _add_output(parser)
 
 
 def _add_peers(parser: argparse.ArgumentParser) -> None:
     _add_recipe(parser)
     parser.add_argument("--image", type=Path, nargs="+", required=True, metavar="FILE", help="to send in turn")
-    parser.add_argument("--connections", type=_positive, default=4, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="by turns; default: %(default)s")
+    parser.add_argument("--connections", type=positive, default=4, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="by turns; default: %(default)s")
     _add_seconds(parser)
     _add_output(parser)
 
@@ -90,7 +90,7 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="an archive.yaml, or its folder")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="weights that lie elsewhere than the recipe says")
-    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="default: %(default)s")
     _add_output(parser, chart=False)
 
 
@@ -101,8 +101,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_seconds(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=_positive, default=10, metavar="S", help="of load; default: %(default)s")
-    parser.add_argument("--warmup", type=_positive, default=3, metavar="S", help="before it; default: %(default)s")
+    parser.add_argument("--seconds", type=positive, default=10, metavar="S", help="of load; default: %(default)s")
+    parser.add_argument("--warmup", type=positive, default=3, metavar="S", help="before it; default: %(default)s")
 
 
 def _add_output(parser: argparse.ArgumentParser, chart: bool = True) -> None:
@@ -111,7 +111,8 @@ def _add_output(parser: argparse.ArgumentParser, chart: bool = True) -> None:
         parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the figures there as bars")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The type of a flag that counts something."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")

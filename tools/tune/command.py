@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from handlers.settings import PRECISIONS
+from tools.bench.command import positive
 
 INTERRUPTED = 130
 
@@ -33,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", type=Path, metavar="DIR", help="pictures that int8 is fitted to and answers are compared on"
     )
-    parser.add_argument("--connections", type=_positive, default=4, metavar="N", help="default: %(default)s")
+    parser.add_argument("--connections", type=positive, default=4, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--seconds", type=_positive, default=8, metavar="S", help="of load a trial; default: %(default)s"
+        "--seconds", type=positive, default=8, metavar="S", help="of load a trial; default: %(default)s"
     )
     parser.add_argument(
         "--budget", default="20m", metavar="TIME", help="for trials, as 90s or 1h; default: %(default)s"
@@ -50,13 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE.json", help="the trials; default: tuning.json by the recipe"
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
