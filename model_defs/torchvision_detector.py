@@ -8,7 +8,6 @@ import inspect
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.models import detection
@@ -131,8 +130,6 @@ class TorchvisionDetector(Detector):
         return None if weights is None else weights.numel() // self._family.class_factor
 
     def optimise(self) -> None:
-        """Channels that lie together make convolutions of this depth a quarter faster."""
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         pyramid = getattr(self.model.backbone, "fpn", None)
         if isinstance(pyramid, FeaturePyramidNetwork):
             self.model.backbone.fpn = Pyramid(pyramid)

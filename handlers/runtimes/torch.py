@@ -18,7 +18,8 @@ class TorchNetwork:
     def __init__(self, detector: Detector, device: torch.device, dtype: torch.dtype):
         self.detector = detector.requires_grad_(False).eval()
         self.detector.optimise()
-        self.detector.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Channels that lie together make convolutions a quarter faster.
+        self.detector.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
         self.device = device
         self.dtype = dtype
         self.has_background, self.letterbox, self.stride = detector.has_background, detector.letterbox, detector.stride

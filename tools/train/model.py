@@ -41,7 +41,7 @@ def make_model(settings: TrainSettings, classes: tuple[str, ...]) -> tuple[Detec
         _for_short_training(detector, settings)
     note = "weights: random" if settings.weights is None else _load_weights(detector, settings)
     freeze(detector, settings.freeze, norms=settings.freeze_norms)
-    return detector.to(memory_format=torch.channels_last), [note]  # type: ignore[call-overload]
+    return detector.to(memory_format=torch.channels_last), [note]  # type: ignore[call-overload]  # stubs lack it
 
 
 def _for_short_training(detector: TorchvisionDetector, settings: TrainSettings) -> None:
