@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from handlers.torchvision_import import import_torchvision
+from handlers.lean_import import import_torchvision, lean_vision_handler
 
 # Before all that imports torchvision the slow way; hence the imports that stand late (E402).
 import_torchvision()
-
-from ts.torch_handler.vision_handler import VisionHandler  # noqa: E402
+with lean_vision_handler():
+    from ts.torch_handler.vision_handler import VisionHandler
 
 from handlers.errors import InvalidOption  # noqa: E402
 from handlers.pipeline import Answer, Job, load_checked  # noqa: E402

@@ -51,8 +51,7 @@ def letterbox(image: Tensor, plan: Letterbox) -> Tensor:
         content = interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
     if content.shape[1:] == (plan.canvas_height, plan.canvas_width):
         return content
-    # Laid out as [H, W, 3], as decoders deliver pictures and convolutions like them.
-    canvas = torch.full((plan.canvas_height, plan.canvas_width, 3), PADDING, dtype=torch.uint8).permute(2, 0, 1)
+    canvas = torch.full((3, plan.canvas_height, plan.canvas_width), PADDING, dtype=torch.uint8)
     bottom, right = plan.top + plan.content_height, plan.left + plan.content_width
     canvas[:, plan.top : bottom, plan.left : right] = content
     return canvas

@@ -131,7 +131,8 @@ class Runtime:
 class Exported:
     """What the file of an exported network does not tell; the first three as `model_defs.contract.Detector` has them.
 
-    outputs: their names, in order: one of rows as YOLOv5 gives them, or boxes, labels and scores of one picture.
+    outputs: their names, in order: rows as YOLOv5 gives them and the picture of each, or boxes, labels and scores of
+    one picture.
     single: it takes one picture at a time. machine: the only kind that it runs on, where there is one.
     """
 

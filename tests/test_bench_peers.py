@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from torchvision.ops import batched_nms
 
 from handlers.labels import load_labels
-from handlers.settings import Response, Runtime
+from handlers.settings import Runtime
 from tools.archive.recipe import Recipe, load_recipe
 from tools.bench.engines import build_variant, variant
 from tools.bench.load import Load
 from tools.bench.peers import compare
 from tools.bench.peers.compare import INT8, Contender, PeerRow, PeersReport, check_equal
+from tools.bench.peers.network import write_network
 from tools.bench.peers.start import OTHERS, STOCK, detections, peer
 from tools.bench.serve import Measured, Target
 from tools.bench.usage import Usage
@@ -143,6 +144,7 @@ def test_what_is_not_installed_is_a_row(recipe: Recipe, tmp_path: Path, monkeypa
         return output
 
     monkeypatch.setattr(compare, "build_variant", build)
+    monkeypatch.setattr(compare, "write_network", lambda *_: None)
     monkeypatch.setattr(compare, "find_spec", lambda name: None if name == "mosec" else True)
     missing: dict[str, str] = {}
     found = [contender.name for contender in compare._contenders(recipe, None, None, b"", tmp_path, missing)]
@@ -157,17 +159,17 @@ def recipe(repository: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def archive(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def network(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("onnx", "onnxruntime"):
         if find_spec(package) is None:
             pytest.skip(f"{package.upper()} MISSING: no peer is tested")
-    path = tmp_path_factory.mktemp("peers") / "onnx.mar"
-    changed = variant(recipe, Runtime("onnx"), response=Response("detections"))
-    return build_variant(changed, path, None, None)
+    folder = tmp_path_factory.mktemp("peers")
+    write_network(build_variant(variant(recipe, Runtime()), folder / "torch.mar", None, None), folder / "network.onnx")
+    return folder / "network.onnx"
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_peer_answers_as_we_do(name: str, recipe: Recipe, archive: Path) -> None:
+def test_a_peer_answers_as_we_do(name: str, recipe: Recipe, network: Path) -> None:
     if find_spec(name) is None:
         pytest.skip(f"{name.upper()} MISSING: this peer is not tested; pip install 'marina[bench]'")
     expected = json.loads(recipe.beside(recipe.golden[0].detections or "").read_text())["detections"]
@@ -180,16 +182,16 @@ def test_a_peer_answers_as_we_do(name: str, recipe: Recipe, archive: Path) -> No
         "workers": 1,
         "threads": 1,
     }
-    with peer(name, archive, settings, body) as target:
+    with peer(name, network, settings, body) as target:
         check_equal([expected], [detections(target, body)])
         assert target.pid is not None
 
 
-def test_a_peer_that_does_not_start_says_why(archive: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_peer_that_does_not_start_says_why(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OTHERS, "nothing", "/")
     with (
         pytest.raises(ToolError, match=r"nothing ended with exit code 1: .*nothing_onnx"),
-        peer("nothing", archive, {}, b""),
+        peer("nothing", network, {}, b""),
     ):
         pass
 

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,7 +22,7 @@ from handlers.runtimes.torch import TorchNetwork
 from handlers.settings import Postprocess, Runtime, Settings
 from handlers.weights import load_state
 from model_defs import build
-from model_defs.contract import Detections, Detector
+from model_defs.yolov5 import YOLOv5
 from tools.archive.build import build_archive, check_recipe, settings_of
 from tools.archive.diff import diff_archives
 from tools.archive.inspect import inspect_archive
@@ -149,20 +150,15 @@ def test_an_archive_whose_engine_is_absent_says_so(onnx_archive: Path, tmp_path:
     assert "runtime.backend is onnx, but this server has no onnxruntime; install it there" in line
 
 
-class Tiny(Detector):
-    """A network of one layer with YOLOv5's rows, which the compiler is soon done with."""
-
-    num_classes, has_background, letterbox, stride = 2, False, True, 32
+class Tiny(YOLOv5):
+    """One layer before the head, so that the compiler is soon done."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 7, 32, 32)
+        super().__init__("n", 2)
+        self.layers = nn.ModuleList(nn.Conv2d(3, c, stride, stride) for c, stride in ((64, 8), (128, 16), (256, 32)))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.conv(images).sigmoid().flatten(2).permute(0, 2, 1)
-
-    def candidates(self, images: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
-        raise NotImplementedError
+    def features(self, images: Tensor) -> list[Tensor]:
+        return [layer(images) for layer in self.layers]
 
 
 @pytest.fixture
@@ -180,16 +176,18 @@ def test_aoti_is_compiled_for_any_number_and_size(settings: Settings, tmp_path: 
     network = load_network(tmp_path, replace(wanted, weights=name, exported=exported), 2, torch.device("cpu"))
     for shape in ((1, 3, 32, 32), (3, 3, 64, 96)):
         images = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-        rows = tiny(images / 255)
-        for found, expected in zip(network.candidates(images, 0.0, multi_label=True), rows, strict=True):
-            scores = (expected[:, 5:] * expected[:, 4:5]).flatten()
-            assert torch.allclose(found.scores, scores, atol=1e-5)
+        for threshold in (0.01, 0.0, 1.0):
+            answers = (each.candidates(scaled, threshold) for each, scaled in ((network, images), (tiny, images / 255)))
+            for found, expected in zip(*answers, strict=True):
+                assert len(found.scores) == len(expected.scores)
+                assert torch.allclose(found.scores, expected.scores, atol=1e-5)
 
 
 def test_what_an_engine_refuses_is_one_line(settings: Settings, tmp_path: Path) -> None:
     class Unknown(Tiny):
-        def forward(self, images: Tensor) -> Tensor:
-            return torch.linalg.eigvals(images[:, 0, :32, :32]).real
+        def features(self, images: Tensor) -> list[Tensor]:
+            added = torch.linalg.eigvals(images[:, 0, :32, :32]).real.sum()
+            return [feature + added for feature in super().features(images)]
 
     with pytest.raises(ToolError, match=r"yolov5 to onnx cannot be exported: .*eigvals") as caught:
         export_network(Unknown().eval(), replace(settings, runtime=Runtime("onnx")), tmp_path, [])
@@ -235,7 +233,7 @@ def test_the_same_weights_give_the_same_bytes(settings: Settings, runtime: Runti
 
 
 def test_boxes_are_decoded_behind_what_is_quantised(settings: Settings, tmp_path: Path) -> None:
-    """A sigmoid and a meshgrid of two ranges for each of the three levels, and no convolution."""
+    """What is left of the head's convolution, for the cells of each of the three levels, and no whole one."""
     needs("nncf", "openvino")
     import openvino
 
@@ -244,9 +242,9 @@ def test_boxes_are_decoded_behind_what_is_quantised(settings: Settings, tmp_path
     model = openvino.Core().read_model(tmp_path / name)
     kinds = {operation.get_friendly_name(): operation.get_type_name() for operation in model.get_ops()}
     behind = [kinds[each] for each in behind_convolutions(model)]
-    assert behind.count("Sigmoid") == 3
-    assert behind.count("Range") == 6
-    assert not {"Convolution", "Swish", "MaxPool", "Constant"} & set(behind)
+    assert behind.count("NonZero") == 3
+    assert behind.count("MatMul") == 3
+    assert not {"Convolution", "MaxPool", "Constant"} & set(behind)
 
 
 def test_a_bare_network_comes_with_what_one_must_know(
@@ -258,13 +256,17 @@ def test_a_bare_network_comes_with_what_one_must_know(
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: model.onnx, network.json, ")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "network.json"]
     described = json.loads((tmp_path / "out/network.json").read_text())
-    assert described["outputs"] == ["output0"]
+    assert described["inputs"] == ["images", "score_threshold"]
+    assert described["outputs"] == ["rows", "pictures"]
     assert described["preprocess"] == {"size": 320, "shape": "rect", "padding": 114}
     import onnxruntime
 
     session = onnxruntime.InferenceSession(tmp_path / "out" / described["network"])
-    (found,) = session.run(described["outputs"], {described["input"]: torch.zeros(2, 3, 64, 96).numpy()})
-    assert found.shape == (2, 3 * (8 * 12 + 4 * 6 + 2 * 3), 5 + len(described["labels"]))
+    given = torch.zeros(2, 3, 64, 96).numpy(), torch.tensor(0.0).numpy()
+    rows, pictures = session.run(described["outputs"], dict(zip(described["inputs"], given, strict=True)))
+    each = 3 * (8 * 12 + 4 * 6 + 2 * 3)
+    assert rows.shape == (2 * each, 5 + len(described["labels"]))
+    assert np.bincount(pictures).tolist() == [each, each]
 
 
 @pytest.mark.parametrize(

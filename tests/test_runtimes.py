@@ -22,7 +22,7 @@ from handlers.settings import Exported, parse_settings
 from tools.archive.build import settings_of
 from tools.archive.recipe import load_recipe
 from tools.data.draw import draw_scene
-from tools.export.network import export_network
+from tools.export.network import ROWS, export_network
 from tools.export.parity import BOUNDS, Report, check, compare
 
 PICTURES = [
@@ -31,6 +31,8 @@ PICTURES = [
 ]
 # Without one of these OpenVINO goes on in float32.
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "avx_ne_convert"}
+# A score below it may be nothing in another engine.
+LEAST = 0.001
 
 
 class Reference:
@@ -117,6 +119,24 @@ def test_a_batch_is_answered_as_each_alone(reference: Reference, engine: str, sh
                 assert torch.allclose(found.scores, other.scores, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", ["dynamic", "fixed"])
+def test_levels_with_nothing_above_the_threshold(reference: Reference, engine: str, shape: str) -> None:
+    """Also before any other picture: engines have kept the sizes of the one before, or none."""
+    config = reference.config(engine, shape=shape)
+    body = encode(draw_scene(default_rng(3), 320, 320, most_shapes=3)[0])
+    expected = by_torch(reference, config)
+    images = expected.read({"body": body}, {}).items[0].tensor
+    assert images is not None
+    with torch.inference_mode():
+        (every,) = expected.network.candidates(images[None], 0.0)
+        best = float(every.scores.max())
+        for first in (1.0, best - 0.001, 0.25, LEAST):
+            network = Pipeline.load(reference.folder, config).network
+            for threshold in (first, LEAST, first, 1.0, first):
+                (found,) = network.candidates(images[None], threshold)
+                assert len(found.scores) == (every.scores > threshold).sum(), (first, threshold)
+
+
 def test_openvino_in_bf16_is_near(reference: Reference) -> None:
     pytest.importorskip("openvino", reason="ENGINE MISSING: openvino is not installed, so bf16 is not checked")
     differences = apart(reference, reference.config("openvino", "bf16"))
@@ -154,15 +174,15 @@ def test_outputs_of_one_picture_at_a_time() -> None:
     """Boxes, labels and scores, as Faster R-CNN gives them."""
     seen = []
 
-    def run(images: Tensor) -> list[Tensor]:
-        seen.append(tuple(images.shape))
+    def run(images: Tensor, threshold: Tensor) -> list[Tensor]:
+        seen.append((tuple(images.shape), round(threshold.item(), 2)))
         return [torch.eye(4) * 9, torch.tensor([1, 2, 1, 2]), torch.tensor([0.9, 0.1, 0.5, 0.4])]
 
     network = ExportedNetwork(Exported(True, False, 1, ("boxes", "labels", "scores"), True), run)
     found = network.candidates(torch.zeros(2, 3, 8, 9, dtype=torch.uint8), 0.4)
-    assert seen == [(1, 3, 8, 9)] * 2
-    assert [each.labels.tolist() for each in found] == [[1, 1], [1, 1]]
-    assert found[0].boxes.tolist() == [[9, 0, 0, 0], [0, 0, 9, 0]]
+    assert seen == [((1, 3, 8, 9), 0.4)] * 2
+    assert [each.labels.tolist() for each in found] == [[1, 2, 1, 2]] * 2
+    assert found[0].boxes.tolist() == [[9, 0, 0, 0], [0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 0, 9]]
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino", "tensorrt"])
@@ -191,7 +211,7 @@ def test_a_damaged_network_is_one_line(reference: Reference, engine: str, tmp_pa
 
 
 def test_code_for_another_machine_is_one_line(reference: Reference) -> None:
-    exported = Exported(False, True, 32, ("output0",), False, machine="torch 1.0, vax, DEFAULT")
+    exported = Exported(False, True, 32, ROWS, False, machine="torch 1.0, vax, DEFAULT")
     handler = reference.handler | {"runtime": {"backend": "aoti"}, "exported": asdict(exported)}
     with pytest.raises(BadArchive, match=r"compiled for torch 1\.0, vax, DEFAULT, but this is torch") as caught:
         load_network(reference.folder, parse_settings(handler), 5, torch.device("cpu"))

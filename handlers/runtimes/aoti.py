@@ -1,6 +1,7 @@
 """AOTInductor: compiled when the archive was built, so that no worker compiles."""
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def load(folder: Path, settings: Settings, num_labels: int, device: torch.device
     except RuntimeError as error:
         raise BadArchive(f"{settings.weights} cannot be loaded ({str(error).partition(chr(10))[0]})") from error
 
-    def run(images: Tensor) -> list:
-        return [compiled(images)]
+    def run(images: Tensor, threshold: Tensor) -> Sequence[Tensor]:
+        return compiled(images, threshold)
 
     return ExportedNetwork(settings.exported, run)

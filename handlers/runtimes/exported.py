@@ -10,10 +10,11 @@ from handlers.settings import Exported
 from model_defs.candidates import from_rows
 from model_defs.contract import Detections
 
-INPUT = "images"
+INPUTS = ("images", "score_threshold")
 
-# Takes `[B, 3, H, W]` float32 in 0..1, contiguous; gives the outputs in the order of `Exported.outputs`.
-Run = Callable[[Tensor], Sequence[Any]]
+# Takes `[B, 3, H, W]` float32 in 0..1, contiguous, and the threshold without dimensions; gives the outputs in the order
+# of `Exported.outputs`.
+Run = Callable[[Tensor, Tensor], Sequence[Any]]
 
 
 class ExportedNetwork:
@@ -21,7 +22,7 @@ class ExportedNetwork:
 
     def __init__(self, exported: Exported, run: Run):
         self.has_background, self.letterbox, self.stride = exported.has_background, exported.letterbox, exported.stride
-        self._rows = len(exported.outputs) == 1
+        self._rows = len(exported.outputs) == 2
         self._single = exported.single
         self._run = run
 
@@ -30,18 +31,17 @@ class ExportedNetwork:
 
     def candidates(self, images: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
         # Pictures may come with their channels last, which no engine expects of what it is given.
-        scaled = (images / 255).contiguous()
-        parts = scaled.split(1) if self._single else [scaled]
-        if not self._rows:
-            return [self._flat(part, score_threshold) for part in parts]
-        return [
-            found for part in parts for found in from_rows(_tensor(self._run(part)[0]), score_threshold, multi_label)
-        ]
-
-    def _flat(self, image: Tensor, score_threshold: float) -> Detections:
-        boxes, labels, scores = (_tensor(part) for part in self._run(image))
-        keep = scores > score_threshold
-        return Detections(boxes[keep], labels[keep], scores[keep])
+        scaled = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        threshold = torch.tensor(score_threshold)
+        result = []
+        for part in scaled.split(1) if self._single else [scaled]:
+            found = [_tensor(value) for value in self._run(part, threshold)]
+            if self._rows:
+                rows, pictures = found
+                result += from_rows(rows, pictures, len(part), score_threshold, multi_label)
+            else:
+                result.append(Detections(*found))
+        return result
 
 
 def _tensor(value: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from handlers.errors import BadArchive, BadSettings
-from handlers.runtimes.exported import INPUT, ExportedNetwork
+from handlers.runtimes.exported import INPUTS, ExportedNetwork
 from handlers.settings import Settings
 
 CPU = "CPUExecutionProvider"
@@ -48,7 +48,7 @@ def load_with(
             " or build the archive with serving.device: cpu"
         )
 
-    def run(images: Tensor) -> list:
-        return session.run(None, {INPUT: images.numpy()})
+    def run(*given: Tensor) -> list:
+        return session.run(None, {name: value.numpy() for name, value in zip(INPUTS, given, strict=True)})
 
     return ExportedNetwork(settings.exported, run)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from handlers.errors import BadArchive
-from handlers.runtimes.exported import INPUT, ExportedNetwork
+from handlers.runtimes.exported import INPUTS, ExportedNetwork
 from handlers.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,10 @@ def load(folder: Path, settings: Settings, num_labels: int, device: torch.device
         line = str(error).strip().rpartition("\n")[2]
         raise BadArchive(f"{settings.weights} cannot be loaded by OpenVINO ({line})") from error
 
-    def run(images: Tensor) -> list:
+    def run(*given: Tensor) -> list:
+        tensors = {name: value.numpy() for name, value in zip(INPUTS, given, strict=True)}
         # Not copied: what comes out is read before the next picture goes in.
-        found = request.infer({INPUT: images.numpy()}, share_inputs=True, share_outputs=True)
+        found = request.infer(tensors, share_inputs=True, share_outputs=True)
         return [found[output] for output in outputs]
 
     return ExportedNetwork(settings.exported, run)

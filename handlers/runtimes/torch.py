@@ -28,7 +28,8 @@ class TorchNetwork:
         self.detector.check_size(height, width)
 
     def candidates(self, images: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
-        scaled = images.to(self.device).to(torch.float32).div_(255)
+        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
+        scaled = images.to(torch.float32).div_(255)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.detector.candidates(scaled, score_threshold, multi_label)
 

@@ -7,6 +7,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+# In logits. Objectness is computed twice, each time rounded in its own way: no box may be lost between the two.
+MARGIN = 0.05
 
 
 class Detect(nn.Module):
@@ -38,7 +42,7 @@ class Detect(nn.Module):
             bias[:, 5:] += math.log(0.6 / (self.num_classes - 0.99999))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Raw logits a level, each `[B, anchors, rows, columns, 5 + classes]`."""
+        """Features to raw logits a level, each `[B, anchors, rows, columns, 5 + classes]`."""
         raw = []
         for conv, feature in zip(self.m, features, strict=True):
             x = conv(feature)
@@ -53,15 +57,41 @@ class Detect(nn.Module):
         levels = []
         for logits, stride, anchors in zip(raw, self.strides, self.anchors, strict=True):
             batch, _, rows, columns, _ = logits.shape
-            # Half the bits of float32 would place a box to several pixels.
-            y = logits.float().sigmoid()
             grid_y, grid_x = torch.meshgrid(
-                torch.arange(rows, device=y.device, dtype=y.dtype),
-                torch.arange(columns, device=y.device, dtype=y.dtype),
-                indexing="ij",
+                torch.arange(rows, device=logits.device), torch.arange(columns, device=logits.device), indexing="ij"
             )
-            cell = torch.stack((grid_x, grid_y), dim=-1)
-            centre = (y[..., :2] * 2 - 0.5 + cell) * stride
-            size = (y[..., 2:4] * 2) ** 2 * (anchors * stride)[:, None, None, :]
-            levels.append(torch.cat((centre, size, y[..., 4:]), dim=-1).view(batch, -1, self.outputs_per_anchor))
+            decoded = _decode(logits, torch.stack((grid_x, grid_y), dim=-1), anchors[:, None, None], stride)
+            levels.append(decoded.view(batch, -1, self.outputs_per_anchor))
         return torch.cat(levels, dim=1)
+
+    def decode_above(self, features: list[Tensor], score_threshold: Tensor) -> tuple[Tensor, Tensor]:
+        """What `decode` gives for the cells with an objectness above the threshold, and for few others.
+
+        A score is objectness times class score, so no other cell can have one above it: of those the objectness is
+        all that is computed. score_threshold: in 0..1, without dimensions. Back come rows `[M, 5 + classes]` and
+        the index of the picture of each, `[M]`, in no set order.
+        """
+        least = torch.logit(score_threshold.float()) - MARGIN
+        rows, pictures = [], []
+        for conv, feature, stride, anchors in zip(self.m, features, self.strides, self.anchors, strict=True):
+            weight, bias = conv.get_parameter("weight").flatten(1), conv.get_parameter("bias")
+            objectness = slice(4, None, self.outputs_per_anchor)
+            best = conv2d(feature, weight[objectness, :, None, None], bias[objectness]).amax(dim=1)
+            picture, row, column = (best.float() > least).nonzero(as_tuple=True)
+            cells = feature.permute(0, 2, 3, 1)[picture, row, column]
+            cell = torch.stack((column, row), dim=-1)
+            for logits, anchor in zip(
+                linear(cells, weight, bias).split(self.outputs_per_anchor, 1), anchors, strict=True
+            ):
+                rows.append(_decode(logits, cell, anchor, stride))
+                pictures.append(picture)
+        return torch.cat(rows), torch.cat(pictures)
+
+
+def _decode(logits: Tensor, cell: Tensor, anchors: Tensor, stride: int) -> Tensor:
+    """`[..., 5 + classes]` logits to the same in pixels and 0..1. cell: column and row of each; anchors: in strides."""
+    # Half the bits of float32 would place a box to several pixels.
+    y = logits.float().sigmoid()
+    centre = (y[..., :2] * 2 - 0.5 + cell) * stride
+    size = (y[..., 2:4] * 2) ** 2 * (anchors * stride)
+    return torch.cat((centre, size, y[..., 4:]), dim=-1)

@@ -100,8 +100,8 @@ class YOLOv5(Detector):
     def head(self) -> Detect:
         return self.model[-1]  # type: ignore[return-value]  # a ModuleList does not know its members
 
-    def raw(self, images: Tensor) -> list[Tensor]:
-        """Logits a level, `[B, anchors, rows, columns, 5 + classes]`, finest level first.
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What the head looks at: `[B, channels, H / stride, W / stride]` a level, finest level first.
 
         images: `[B, 3, H, W]`, H and W multiples of `stride`.
         """
@@ -130,14 +130,23 @@ class YOLOv5(Detector):
             next(layers)
             x = next(layers)(torch.cat((x, lateral), dim=1))
             outputs.append(x)
-        return next(layers)(outputs)
+        return outputs
+
+    def raw(self, images: Tensor) -> list[Tensor]:
+        """Logits a level, `[B, anchors, rows, columns, 5 + classes]`, finest level first."""
+        return self.head(self.features(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """`[B, 3, H, W]` to `[B, N, 5 + classes]`, as `Detect.decode` describes it."""
         return self.head.decode(self.raw(images))
 
+    def rows_above(self, images: Tensor, score_threshold: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what `forward` gives, the rows that can hold a candidate, as `Detect.decode_above` describes it."""
+        return self.head.decode_above(self.features(images), score_threshold)
+
     def candidates(self, images: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
-        return from_rows(self(images), score_threshold, multi_label)
+        rows, pictures = self.rows_above(images, torch.tensor(score_threshold, device=images.device))
+        return from_rows(rows, pictures, len(images), score_threshold, multi_label)
 
     def fuse(self) -> None:
         """Fold every batch normalisation into its convolution."""

@@ -29,7 +29,7 @@ import torch
 folder = json.loads(sys.stdin.readline() or os._exit(0))
 os.chdir(folder)
 sys.path[:0] = [folder]
-from handlers.torchvision_import import import_torchvision
+from handlers.lean_import import import_torchvision
 import_torchvision()
 from handlers.errors import MarinaError
 from handlers.pipeline import dry_run

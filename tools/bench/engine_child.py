@@ -21,7 +21,7 @@ def main() -> None:
     orders = (json.loads(line) for line in sys.stdin)
     given = next(orders)
 
-    from handlers.torchvision_import import import_torchvision
+    from handlers.lean_import import import_torchvision
 
     import_torchvision()
     from handlers.errors import MarinaError

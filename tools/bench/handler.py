@@ -88,7 +88,7 @@ def _measure(
     folder: Path, config: dict[str, Any], body: bytes, runs: int, threads: int
 ) -> tuple[dict[str, list[float]], str]:
     """Stage to milliseconds of each run, and the device."""
-    from handlers.torchvision_import import import_torchvision
+    from handlers.lean_import import import_torchvision
 
     import_torchvision()
     import torch

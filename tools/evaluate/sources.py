@@ -145,7 +145,7 @@ def archive_source(path: Path) -> Iterator[PipelineSource]:
         if archive.settings is None:
             raise errors.BadArchive(f"{path}: Marina did not build it, so only TorchServe can run it")
         archive.extract(Path(folder))
-        from handlers.torchvision_import import import_torchvision
+        from handlers.lean_import import import_torchvision
 
         import_torchvision()
         from handlers.pipeline import Pipeline

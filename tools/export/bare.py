@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.geometry import PADDING
-from handlers.runtimes.exported import INPUT
+from handlers.runtimes.exported import INPUTS
 from handlers.settings import Settings
 from tools.archive.build import check_recipe, check_weights, label_parts, settings_of
 from tools.archive.recipe import Recipe
@@ -45,7 +45,7 @@ def _description(settings: Settings, labels: list[str]) -> dict[str, Any]:
     assert settings.exported is not None
     return {
         "network": settings.weights,
-        "input": INPUT,
+        "inputs": INPUTS,
         **asdict(settings.exported),
         "runtime": asdict(settings.runtime),
         "preprocess": asdict(settings.preprocess) | {"padding": PADDING} if settings.exported.letterbox else None,

@@ -19,14 +19,15 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
-from handlers.runtimes.exported import INPUT
+from handlers.runtimes.exported import INPUTS
 from handlers.settings import Exported, Settings
 from model_defs.contract import Detector
 from model_defs.torchvision_detector import TorchvisionDetector
+from model_defs.yolov5 import YOLOv5
 from tools.errors import ToolError
 
 OPSET = 17
-ROWS = ("output0",)
+ROWS = ("rows", "pictures")
 FLAT = ("boxes", "labels", "scores")
 SMALLEST_SIDE = 1e-2  # of a box, in pixels; torchvision drops smaller ones
 MOST_IN_A_BATCH = 1024
@@ -39,17 +40,28 @@ class Pictures(Sized, Protocol):
     def __iter__(self) -> Iterator[Tensor]: ...
 
 
-class FlatFasterRCNN(nn.Module):
-    """torchvision's Faster R-CNN for one picture: every box of every class, before threshold and suppression.
+class RowsAbove(nn.Module):
+    """YOLOv5 with the threshold as an input, so that it decodes no more than what can be a candidate."""
 
-    Its own code between the two does not stand for export: it starts from the threshold.
+    def __init__(self, model: YOLOv5):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, score_threshold: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.rows_above(images, score_threshold)
+
+
+class FlatFasterRCNN(nn.Module):
+    """torchvision's Faster R-CNN for one picture: every box above the threshold, before suppression.
+
+    Its own code for that does not stand for export: it has the threshold as a constant.
     """
 
     def __init__(self, model: FasterRCNN):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, score_threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[1, 3, H, W]` in 0..1 to boxes `[N, 4]`, xyxy in pixels of H x W, labels `[N]` and scores `[N]`."""
         heads = self.model.roi_heads
         scaled, _ = self.model.transform([images[0]])
@@ -59,12 +71,14 @@ class FlatFasterRCNN(nn.Module):
         pooled = heads.box_roi_pool(features, proposals, scaled.image_sizes)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
         # Label 0 is the background.
-        scores = logits.softmax(-1)[:, 1:]
-        labels = torch.arange(1, scores.shape[1] + 1, device=scores.device).expand_as(scores).flatten()
+        class_scores = logits.softmax(-1)[:, 1:]
+        labels = torch.arange(1, class_scores.shape[1] + 1, device=images.device).expand_as(class_scores).flatten()
+        scores = class_scores.flatten()
         boxes = clip_boxes_to_image(heads.box_coder.decode(deltas, proposals), size)[:, 1:].reshape(-1, 4)
-        keep = remove_small_boxes(boxes, SMALLEST_SIDE)
+        (above,) = (scores > score_threshold).nonzero(as_tuple=True)
+        keep = above[remove_small_boxes(boxes[above], SMALLEST_SIDE)]
         height, width = images.shape[-2:]
-        return resize_boxes(boxes[keep], size, (height, width)), labels[keep], scores.flatten()[keep]
+        return resize_boxes(boxes[keep], size, (height, width)), labels[keep], scores[keep]
 
 
 def export_network(detector: Detector, settings: Settings, folder: Path, pictures: Pictures) -> tuple[str, Exported]:
@@ -96,7 +110,8 @@ def _flat(detector: Detector) -> tuple[nn.Module, tuple[str, ...]]:
     """The network with tensors in and out, and the names of the latter."""
     if isinstance(detector, TorchvisionDetector):
         return FlatFasterRCNN(detector.model).eval(), FLAT
-    return detector, ROWS
+    assert isinstance(detector, YOLOv5)
+    return RowsAbove(detector).eval(), ROWS
 
 
 @contextmanager
@@ -111,31 +126,30 @@ def _refusals(what: str) -> Iterator[None]:
         raise ToolError(f"{what} cannot be exported: {reason}; choose another runtime.backend or precision") from error
 
 
-def _example(settings: Settings, outputs: tuple[str, ...]) -> Tensor:
-    """What the network is traced with; its content does not matter."""
+def _example(settings: Settings, outputs: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """What the network is traced with: noise, since the tracer takes what comes out empty for a constant."""
     size = settings.preprocess.size
-    if settings.runtime.shape == "fixed":
-        return torch.zeros(1, 3, size, size)
-    # Of unequal sides, so that none is taken for another.
-    return torch.zeros(1 if outputs == FLAT else 2, 3, 256, 320)
+    shape = (1, 3, size, size)
+    if settings.runtime.shape == "dynamic":
+        # Of unequal sides, so that none is taken for another.
+        shape = (1 if outputs == FLAT else 2, 3, 256, 320)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)), torch.tensor(0.0)
 
 
 def _write_onnx(network: nn.Module, path: Path, settings: Settings, outputs: tuple[str, ...]) -> None:
-    axes: dict[str, dict[int, str]] = {}
+    axes: dict[str, dict[int, str]] = {name: {0: "candidates"} for name in outputs}
     if settings.runtime.shape == "dynamic":
-        axes = {INPUT: {2: "height", 3: "width"}} | {name: {0: "candidates"} for name in FLAT}
-        if outputs == ROWS:
-            axes = {INPUT: {0: "batch", 2: "height", 3: "width"}, ROWS[0]: {0: "batch", 1: "candidates"}}
+        axes[INPUTS[0]] = {2: "height", 3: "width"} | ({0: "batch"} if outputs == ROWS else {})
     with warnings.catch_warnings():
         # That it is traced, and that this exporter is the older one: the newer takes minutes.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network,
-            (_example(settings, outputs),),
+            _example(settings, outputs),
             path,
             dynamo=False,
             opset_version=OPSET,
-            input_names=[INPUT],
+            input_names=list(INPUTS),
             output_names=list(outputs),
             dynamic_axes=axes,
         )
@@ -175,10 +189,10 @@ def _write_aoti(network: nn.Module, path: Path, settings: Settings, stride: int)
 
     from handlers.runtimes.aoti import machine
 
-    shapes: dict[str, Any] | None = None
+    shapes: dict[int, Any] = {}
     if settings.runtime.shape == "dynamic":
         sides = (stride * Dim(name, min=1, max=MOST_STRIDES) for name in ("rows", "columns"))
-        shapes = {INPUT: dict(zip((0, 2, 3), (Dim("batch", min=1, max=MOST_IN_A_BATCH), *sides), strict=True))}
-    program = export(network, (_example(settings, ROWS),), dynamic_shapes=shapes)
+        shapes = dict(zip((0, 2, 3), (Dim("batch", min=1, max=MOST_IN_A_BATCH), *sides), strict=True))
+    program = export(network, _example(settings, ROWS), dynamic_shapes=dict(zip(INPUTS, (shapes, {}), strict=True)))
     aoti_compile_and_package(program, package_path=str(path))
     return machine()

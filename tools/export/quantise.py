@@ -6,7 +6,10 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
+
+from handlers.runtimes.exported import INPUTS
 
 if TYPE_CHECKING:
     from tools.export.network import Pictures
@@ -27,15 +30,16 @@ def quantise(model: Any, pictures: "Pictures") -> Any:
     with contextlib.redirect_stdout(sys.stderr):
         return nncf.quantize(
             model,
-            nncf.Dataset(pictures, _scaled),
+            nncf.Dataset(pictures, _inputs),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(pictures),
             ignored_scope=nncf.IgnoredScope(names=behind_convolutions(model)),
         )
 
 
-def _scaled(picture: Tensor) -> Any:
-    return (picture[None] / 255).numpy()
+def _inputs(picture: Tensor) -> dict[str, Any]:
+    # What the threshold leaves over is not quantised, so that any will do.
+    return dict(zip(INPUTS, ((picture[None] / 255).numpy(), np.float32(0.5)), strict=True))
 
 
 def behind_convolutions(model: Any) -> list[str]:

@@ -17,6 +17,7 @@ from handlers.labels import load_labels
 from handlers.settings import Response, Runtime
 from tools.archive.recipe import Recipe, Serving, load_recipe
 from tools.bench.engines import build_variant, name_of, variant
+from tools.bench.peers.network import write_network
 from tools.bench.peers.start import OTHERS, STOCK, detections, peer, stock
 from tools.bench.pictures import described, given_pictures
 from tools.bench.serve import Measured, Target, load_target, served
@@ -260,14 +261,13 @@ def _contenders(
             ours.append(Contender(name, partial(served, built), shape, INT8 if runtime.precision == "int8" else FLOAT))
         except MarinaError as error:
             missing[name] = str(error)
-    onnx = _our_name(*OURS[0])
+    network = folder / "network.onnx"
+    write_network(plain, network)
     for name in OTHERS:
         if find_spec(name) is None:
             missing[name] = f"{name} is not installed; pip install 'marina[bench]'"
-        elif onnx in missing:
-            missing[name] = f"there is no ONNX file for it: {missing[onnx]}"
         else:
-            contenders.append(Contender(name, partial(peer, name, folder / f"{onnx}.mar", settings, body)))
+            contenders.append(Contender(name, partial(peer, name, network, settings, body)))
     return contenders + ours
 
 

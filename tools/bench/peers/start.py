@@ -30,13 +30,10 @@ JPEG = {"Content-Type": "image/jpeg"}
 
 
 @contextmanager
-def peer(name: str, archive: Path, settings: dict[str, Any], body: bytes) -> Iterator[Target]:
-    """One of `OTHERS` with the ONNX file of our archive, when it has answered a picture. Raises ToolError."""
+def peer(name: str, network: Path, settings: dict[str, Any], body: bytes) -> Iterator[Target]:
+    """One of `OTHERS` with an ONNX file, when it has answered a picture. Raises ToolError."""
     port = process.bindable_port("127.0.0.1", 0)
-    with _private_folder() as folder, open_archive(archive) as opened:
-        assert opened.settings is not None
-        network = folder / "network.onnx"
-        network.write_bytes(opened.read(opened.settings["weights"]))
+    with _private_folder() as folder:
         (folder / "peer.json").write_text(json.dumps(settings | {"network": str(network), "port": port}))
         # mosec takes its address from here, the others from the file.
         command = [sys.executable, "-m", f"{__package__}.{name}_onnx", "--address", "127.0.0.1", "--port", str(port)]
