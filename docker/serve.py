@@ -45,6 +45,10 @@ def main() -> None:
             f"-Djava.io.tmpdir={temporary}",
             f"-Dlog4j.configurationFile=file://{HERE / 'log4j2.xml'}",
             "-XX:+ExitOnOutOfMemoryError",
+            # It moves bytes, and its heap is small: the second compiler and a concurrent collector would for minutes
+            # take the cores from the workers, in bursts that the slowest hundredth of the answers wait for.
+            "-XX:TieredStopAtLevel=1",
+            "-XX:+UseSerialGC",
             "-cp",
             f"{packages}/ts/frontend/*",
             "org.pytorch.serve.ModelServer",

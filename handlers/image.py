@@ -117,10 +117,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "RGB":
-        return np.array(image)
+        return np.asarray(image)
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise UnsupportedMedia(f"the picture has 32-bit samples (mode {image.mode}); save it with 8 or 16 bits")
-    return np.array(image.convert("RGB"))
+    return np.asarray(image.convert("RGB"))

@@ -22,7 +22,7 @@ from tools.bench.load import Load
 from tools.bench.peers import compare
 from tools.bench.peers.compare import INT8, Contender, PeerRow, PeersReport, check_equal
 from tools.bench.peers.network import write_network
-from tools.bench.peers.start import OTHERS, STOCK, detections, peer
+from tools.bench.peers.start import OTHERS, STOCK, STOCK_THREADS, detections, peer
 from tools.bench.serve import Measured, Target
 from tools.bench.usage import Usage
 from tools.cli import main
@@ -148,7 +148,7 @@ def test_what_is_not_installed_is_a_row(recipe: Recipe, tmp_path: Path, monkeypa
     monkeypatch.setattr(compare, "find_spec", lambda name: None if name == "mosec" else True)
     missing: dict[str, str] = {}
     found = [contender.name for contender in compare._contenders(recipe, None, None, b"", tmp_path, missing)]
-    assert found[:3] == [STOCK, "fastapi", "litserve"]
+    assert found[:4] == [STOCK, STOCK_THREADS, "fastapi", "litserve"]
     assert missing["mosec"] == "mosec is not installed; pip install 'marina[bench]'"
     assert sum("int8" in name for name in missing) == 2 and not any("int8" in name for name in found)
 

@@ -44,13 +44,13 @@ class Bounds:
 
 
 # What YOLOv5n keeps on 62 real photographs, and some room: IoU 1.0 and score 0.00001 in fp32, 0.63 and 0.07 in bf16,
-# 0.977 and 0.005 in fp16, 0.52 and 0.26 in int8, where one of 143 detections is gained and one lost. A low IoU comes of
+# 0.977 and 0.005 in fp16, 0.52 and 0.30 in int8, where one of 143 detections is gained and one lost. A low IoU comes of
 # two boxes for one object with nearly equal scores: another of them is left over.
 BOUNDS = {
     "fp32": Bounds(0.99, 0.005, 0, 0, 0.002),
     "bf16": Bounds(0.6, 0.1, 1, 1, 0.01),
     "fp16": Bounds(0.9, 0.02, 1, 1, 0.005),
-    "int8": Bounds(0.5, 0.3, 2, 2, 0.01),
+    "int8": Bounds(0.5, 0.35, 2, 2, 0.01),
 }
 
 

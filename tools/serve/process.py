@@ -68,6 +68,10 @@ def command_line(java: Java, folder: Path) -> list[str]:
         str(java.path),
         # Its file in /tmp/hsperfdata_<user> would outlive a kill.
         "-XX:-UsePerfData",
+        # It moves bytes, and its heap is small: the second compiler and a concurrent collector would for minutes take
+        # the cores from the workers, in bursts that the slowest hundredth of the answers wait for.
+        "-XX:TieredStopAtLevel=1",
+        "-XX:+UseSerialGC",
         f"-Dmodel_server_home={home}",
         f"-Dlog4j.configurationFile=file://{folder / 'log4j2.xml'}",
         f"-Djava.io.tmpdir={folder / 'tmp'}",

@@ -22,6 +22,7 @@ from tools.serve import process
 from tools.serve.java import find_java
 
 STOCK = "torchserve, stock"
+STOCK_THREADS = "torchserve, stock, threads set"
 # Names of packages, and where the pictures go.
 OTHERS = {"fastapi": "/predict", "litserve": "/predict", "mosec": "/inference"}
 START_S = 180
@@ -44,7 +45,7 @@ def peer(name: str, network: Path, settings: dict[str, Any], body: bytes) -> Ite
 @contextmanager
 def stock(archive: Path, settings: dict[str, Any], body: bytes) -> Iterator[Target]:
     """TorchServe on its own defaults with `stock_handler` and the weights of our archive, when it has answered a
-    picture. Raises ToolError."""
+    picture. settings: with `threads` None for as many a worker as torch takes. Raises ToolError."""
     inference, management, metrics, grpc, grpc_management = (process.bindable_port("127.0.0.1", 0) for _ in range(5))
     with _private_folder() as folder:
         (folder / "store").mkdir()
