@@ -11,10 +11,12 @@ import logging
 import os
 import platform
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from handlers.boxes import select
 from handlers.errors import (
@@ -39,11 +42,14 @@ from handlers.labels import check_background, load_labels
 from handlers.options import Options, default_options, parse_options
 from handlers.request import Instance, read_request
 from handlers.response import Context, error_answer, json_answer, kserve_answer, render
-from handlers.runtimes import Network, load_network
+from handlers.runtimes import ENGINES, Network, load_network
 from handlers.settings import Settings, parse_settings
 from model_defs.contract import Detections
 
 logger = logging.getLogger(__name__)
+
+# What is decoded may only be read, and is only read.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 # Pictures of one shape that share a forward pass, and their pixels together, at most: bounds the memory that a batch
 # of large pictures takes where the model resizes them itself, 12 bytes a pixel and copies of that.
@@ -177,7 +183,7 @@ class Pipeline:
         try:
             item.options = parse_options(instance.options, item.options, self.labels)
             with item.timed("decode"):
-                pixels = decode(instance.body, self.settings.limits)
+                pixels = decode(instance.body, self.settings.limits, _decode_jpeg)
             with item.timed("preprocess"):
                 self._prepare(item, pixels)
         except RequestError as error:
@@ -313,9 +319,19 @@ def dry_run(folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises BadSettings or BadArchive, one line that names the cause.
     """
-    answers = Pipeline.load(Path(folder), config).check_golden(Path(folder), record=True)
+    pipeline = Pipeline.load(Path(folder), config)
+    answers = pipeline.check_golden(Path(folder), record=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    engine = ENGINES.get(pipeline.settings.runtime.backend)
+    if engine:
+        versions[engine] = import_module(engine).__version__
     return {"answers": answers, "versions": versions}
+
+
+def _decode_jpeg(body: bytes) -> np.ndarray:
+    """The same library as Pillow's, a fifth faster: it writes to where the pixels are wanted."""
+    encoded = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+    return decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
 def _model_failure(request_id: str) -> ModelFailure:

@@ -133,7 +133,8 @@ class Exported:
 
     outputs: their names, in order: rows as YOLOv5 gives them and the picture of each, or boxes, labels and scores of
     one picture.
-    single: it takes one picture at a time. machine: the only kind that it runs on, where there is one.
+    single: it takes one picture at a time. machine: the only kind that it runs on, where there is one. sides: what it
+    scales a picture to, as `model_defs.contract.check_thickness` takes them; None where the handler does that.
     """
 
     has_background: bool
@@ -142,6 +143,7 @@ class Exported:
     outputs: tuple[str, ...]
     single: bool
     machine: str | None = None
+    sides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

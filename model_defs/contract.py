@@ -18,6 +18,18 @@ class Detections(NamedTuple):
     scores: Tensor
 
 
+def check_thickness(height: int, width: int, least: int, most: int) -> None:
+    """For networks that scale a picture's sides to `least` and `most` pixels, whichever is reached first.
+
+    Raises ValueError for a picture of which nothing would be left.
+    """
+    scale = min(least / min(height, width), most / max(height, width))
+    if min(height, width) * scale < 1:
+        raise ValueError(
+            f"a picture of {width}x{height} pixels is less than one pixel thin once its longer side is {most}; crop it"
+        )
+
+
 class Detector(nn.Module):
     """A network that finds candidates; threshold, suppression and limits are the handler's work.
 

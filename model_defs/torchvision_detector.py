@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from torchvision.models import detection
 from torchvision.ops import FeaturePyramidNetwork
 
-from model_defs.contract import Detections, Detector
+from model_defs.contract import Detections, Detector, check_thickness
 
 
 class Family(NamedTuple):
@@ -116,14 +116,8 @@ class TorchvisionDetector(Detector):
 
     def check_size(self, height: int, width: int) -> None:
         transform = self.model.transform
-        if transform.fixed_size is not None:
-            return
-        scale = min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width))
-        if min(height, width) * scale < 1:
-            raise ValueError(
-                f"a picture of {width}x{height} pixels is less than one pixel thin once its longer side"
-                f" is {transform.max_size}; crop it"
-            )
+        if transform.fixed_size is None:
+            check_thickness(height, width, transform.min_size[-1], transform.max_size)
 
     def classes_in(self, state: dict[str, Tensor]) -> int | None:
         weights = state.get(self._family.class_key)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tools.cli import main
 from tools.data.dataset import Box, Dataset, Picture, read_dataset
@@ -133,8 +134,9 @@ def test_serving_suppresses_and_limits_as_the_archive_says(
     pictures = dataset.split("valid")
     for picture, answer in zip(pictures, source.answers(pictures, dataset.classes), strict=True):
         (served,) = source.pipeline.detect([picture.file.read_bytes()], source.pipeline.defaults)
-        assert answer.served.boxes.tolist() == served.boxes.tolist()
-        assert answer.served.scores.tolist() == served.scores.tolist()
+        # The lower threshold has more cells computed together, which rounds otherwise.
+        assert torch.allclose(answer.served.boxes, served.boxes, atol=1e-3)
+        assert torch.allclose(answer.served.scores, served.scores, atol=1e-5)
         assert len(answer.ranked.scores) >= len(answer.swept.scores) > len(answer.served.scores)
 
 

@@ -86,7 +86,9 @@ def test_an_onnx_archive_holds_the_network_and_its_report(onnx_archive: Path, re
     assert "model.onnx" in names
     assert "model.safetensors" not in names
     assert not any(name.startswith("model_defs/yolov5") or "runtimes/torch" in name for name in names)
-    parity = inspect_archive(onnx_archive)["provenance"]["parity"]
+    provenance = inspect_archive(onnx_archive)["provenance"]
+    assert {"torch", "onnxruntime"} <= set(provenance["verified_with"])
+    parity = provenance["parity"]
     assert parity["pictures"] == 2
     assert parity["detections"] == 10
     assert parity["min_iou"] > 0.999
@@ -217,6 +219,10 @@ def test_faster_rcnn_answers_as_in_torch(settings: Settings, backend: str, tmp_p
     report = Report(compare(expected, other, pictures, 2, BOUNDS["fp32"]), None)
     check(report, BOUNDS["fp32"])
     assert report.detections > 20
+    thin = encode(scene(1, 5000))
+    refusals = [str(pipeline.detect([thin], pipeline.defaults)[0]) for pipeline in (expected, other)]
+    assert refusals[0] == refusals[1]
+    assert "less than one pixel thin" in refusals[0]
 
 
 @pytest.mark.parametrize("runtime", [Runtime("onnx"), Runtime("openvino", "int8")], ids=["onnx", "openvino int8"])

@@ -1,6 +1,7 @@
 """Requests in, answers out: a batch against each request alone, the reference photographs, loading."""
 
 import base64
+import io
 import json
 import logging
 import os
@@ -18,10 +19,11 @@ from torchvision.ops import box_iou
 
 import handlers.pipeline
 from handlers import response
-from handlers.errors import BadArchive, BadSettings, InvalidImage, MarinaError
-from handlers.pipeline import MAX_FORWARD, Job, Pipeline, dry_run, load_checked
+from handlers.errors import BadArchive, BadSettings, InvalidImage, MarinaError, RequestError
+from handlers.image import decode
+from handlers.pipeline import MAX_FORWARD, Job, Pipeline, _decode_jpeg, dry_run, load_checked
 from handlers.runtimes.torch import TorchNetwork
-from handlers.settings import parse_settings
+from handlers.settings import Limits, parse_settings
 from model_defs import build
 from model_defs.yolov5 import YOLOv5
 from tools.checkpoint import open_checkpoint, write_safetensors
@@ -265,6 +267,45 @@ def test_kserve_errors_name_their_instance(small_pipeline, body, status, message
     (answer,) = ask(small_pipeline, ({"body": body}, {}))
     assert answer.status == status
     assert message in json.loads(answer.body)["message"]
+
+
+@given(
+    st.integers(1, 70), st.integers(1, 70), st.sampled_from([0, 1, 2]), st.booleans(), st.integers(30, 100),
+    st.sampled_from(["RGB", "L", "CMYK"]), st.sampled_from([None, 1, 3, 6]),
+)  # fmt: skip
+def test_jpegs_are_decoded_as_everywhere_else(height, width, subsampling, progressive, quality, mode, orientation):
+    """By the faster way, where it is taken."""
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    picture = Image.fromarray(scene(height, width)).convert(mode)
+    picture.save(buffer, "JPEG", subsampling=subsampling, progressive=progressive, quality=quality, exif=exif)
+    body = buffer.getvalue()
+    assert np.array_equal(decode(body, Limits(), _decode_jpeg), decode(body, Limits()))
+
+
+def test_real_jpegs_are_decoded_as_everywhere_else(shared):
+    for path in [*(shared / "real/photos").glob("*.jpg"), *(shared / "real/coco_mini").rglob("*.jpg")]:
+        body = path.read_bytes()
+        assert np.array_equal(decode(body, Limits(), _decode_jpeg), decode(body, Limits())), path
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_damaged_jpegs_are_refused_as_everywhere_else(seed, cut):
+    rng = np.random.default_rng(seed)
+    body = bytearray(encode(scene(40, 50)))
+    if cut:
+        del body[rng.integers(len(body)) :]
+    else:
+        body[rng.integers(len(body))] = rng.integers(256)
+    answers = []
+    for way in (None, _decode_jpeg):
+        try:
+            answers.append(decode(bytes(body), Limits(), way).shape)
+        except RequestError as error:
+            answers.append(str(error))
+    assert answers[0] == answers[1]
 
 
 def test_kserve_answers_are_bounded(small_pipeline, monkeypatch):

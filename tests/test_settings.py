@@ -49,7 +49,7 @@ def test_settings_are_taken_and_written_back():
 def test_an_exported_network_brings_what_its_file_does_not_tell():
     exported = {
         "has_background": False, "letterbox": True, "stride": 32, "outputs": ["rows", "pictures"], "single": False,
-        "machine": None,
+        "machine": None, "sides": None,
     }  # fmt: skip
     section = SECTION | {"runtime": {"backend": "onnx", "precision": "fp32", "shape": "fixed"}, "exported": exported}
     found = parse_settings(section)

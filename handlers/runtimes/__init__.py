@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from model_defs.contract import Detections
 
 PACKAGE = "handlers.runtimes"
+# What a backend runs on, beside torch.
+ENGINES = {"onnx": "onnxruntime", "tensorrt": "onnxruntime", "openvino": "openvino"}
 
 
 class Network(Protocol):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from handlers.settings import Exported
 from model_defs.candidates import from_rows
-from model_defs.contract import Detections
+from model_defs.contract import Detections, check_thickness
 
 INPUTS = ("images", "score_threshold")
 
@@ -23,11 +23,12 @@ class ExportedNetwork:
     def __init__(self, exported: Exported, run: Run):
         self.has_background, self.letterbox, self.stride = exported.has_background, exported.letterbox, exported.stride
         self._rows = len(exported.outputs) == 2
-        self._single = exported.single
+        self._single, self._sides = exported.single, exported.sides
         self._run = run
 
     def check_size(self, height: int, width: int) -> None:
-        """Every size that the handler lets through is taken."""
+        if self._sides:
+            check_thickness(height, width, *self._sides)
 
     def candidates(self, images: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
         # Pictures may come with their channels last, which no engine expects of what it is given.

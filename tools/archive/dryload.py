@@ -56,7 +56,7 @@ ENVIRONMENT = {
 @dataclass(frozen=True)
 class DryLoad:
     """answers: for each golden picture, in order, an answer of format `detections` without its timing.
-    versions: of Python, torch and torchvision that it ran with."""
+    versions: of Python, torch, torchvision and the engine that it ran with."""
 
     answers: list[dict[str, Any]]
     versions: dict[str, str]

@@ -102,7 +102,10 @@ def export_network(detector: Detector, settings: Settings, folder: Path, picture
             name = "model.onnx"
             _write_onnx(network, folder / name, settings, outputs)
     single = fixed or outputs == FLAT
-    exported = Exported(detector.has_background, detector.letterbox, detector.stride, outputs, single, machine)
+    sides = None
+    if isinstance(detector, TorchvisionDetector):
+        sides = detector.model.transform.min_size[-1], detector.model.transform.max_size
+    exported = Exported(detector.has_background, detector.letterbox, detector.stride, outputs, single, machine, sides)
     return name, exported
 
 

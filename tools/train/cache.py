@@ -134,7 +134,9 @@ def load(wanted: Wanted) -> np.ndarray:
             f" {picture.width}x{picture.height}; run `marina data prepare` again"
         )
     plan = Letterbox(picture.height, picture.width, height, width, 0, 0, height, width)
-    return letterbox(torch.from_numpy(pixels).permute(2, 0, 1), plan).permute(1, 2, 0).contiguous().numpy()
+    scaled = letterbox(torch.from_numpy(pixels).permute(2, 0, 1), plan).permute(1, 2, 0)
+    # What is decoded may only be read, and is not scaled where it has its size already.
+    return scaled.clone(memory_format=torch.contiguous_format).numpy()
 
 
 def _key(wanted: Wanted) -> tuple[Path, int, int]:

@@ -1,4 +1,7 @@
-"""TorchServe the way it is documented: a subclass of its BaseHandler, the network eager in fp32, nothing tuned but, where it is asked for, the threads."""
+"""TorchServe the way it is documented: a subclass of its BaseHandler, the network eager in fp32.
+
+Nothing is tuned but the number of threads, where it is asked for.
+"""
 
 import io
 import json
