@@ -7,6 +7,7 @@
 A picture that cannot be answered carries its own error from where it arose; its neighbours go on.
 """
 
+import hashlib
 import logging
 import os
 import platform
@@ -16,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from handlers.request import Instance, read_request
 from handlers.response import Context, error_answer, json_answer, kserve_answer, render
 from handlers.runtimes import ENGINES, Network, load_network
 from handlers.settings import Settings, parse_settings
+from handlers.tensor import read_tensor, tensor_answer
 from model_defs.contract import Detections
 
 logger = logging.getLogger(__name__)
@@ -55,11 +58,13 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserW
 # of large pictures takes where the model resizes them itself, 12 bytes a pixel and copies of that.
 MAX_FORWARD = 16
 MAX_FORWARD_PIXELS = 32_000_000
+PROVENANCE = "MAR-INF/PROVENANCE.json"
 
 
 @dataclass
 class Item:
-    """One picture on its way. tensor: `[3, h, w]` uint8 as the network will see it."""
+    """One picture on its way. tensor: `[3, h, w]` as the network will see it, uint8; float32 where a client has sent it
+    so, who gets the network's `rows`."""
 
     options: Options
     request_id: str = ""
@@ -69,6 +74,7 @@ class Item:
     plan: Letterbox | None = None
     tensor: Tensor | None = None
     detections: Detections | None = None
+    rows: Tensor | None = None
     error: RequestError | None = None
     timing_ms: dict[str, float] = field(default_factory=dict)
 
@@ -105,6 +111,8 @@ class Pipeline:
         self.network = network
         self.device = device
         self.defaults = default_options(settings)
+        self.since = datetime.now(UTC)
+        self.checksum: str | None = None
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any], gpu: int | None = None) -> "Pipeline":
@@ -123,7 +131,10 @@ class Pipeline:
             raise BadSettings(
                 f"preprocess.size is {settings.preprocess.size}, not a multiple of the model's stride {network.stride}"
             )
-        return cls(settings, labels, network, device)
+        pipeline = cls(settings, labels, network, device)
+        if (folder / PROVENANCE).is_file():
+            pipeline.checksum = hashlib.sha256((folder / PROVENANCE).read_bytes()).hexdigest()
+        return pipeline
 
     def check_golden(self, folder: Path, record: bool = False) -> list[dict[str, Any]]:
         """Answer the golden pictures, which also warms up; the answers come back as format `detections`.
@@ -181,6 +192,9 @@ class Pipeline:
     def _item(self, instance: Instance, request_id: str = "", options: Options | None = None) -> Item:
         item = Item(options or self.defaults, request_id)
         try:
+            if instance.tensor:
+                item.tensor = self._tensor(instance)
+                return item
             item.options = parse_options(instance.options, item.options, self.labels)
             with item.timed("decode"):
                 pixels = decode(instance.body, self.settings.limits, _decode_jpeg)
@@ -189,6 +203,14 @@ class Pipeline:
         except RequestError as error:
             item.error = error
         return item
+
+    def _tensor(self, instance: Instance) -> Tensor:
+        shape, *others = (instance.options.get("shape"), *(set(instance.options) - {"shape"}))
+        if others:
+            raise InvalidOption(f"option {others[0]} does not go with a tensor, which is answered with all rows")
+        if not self.network.letterbox:
+            raise InvalidOption("this model takes pictures and resizes them itself, no tensors; send the picture")
+        return read_tensor(instance.body, shape, self.network.stride, self.settings.limits)
 
     def _prepare(self, item: Item, pixels: np.ndarray) -> None:
         item.height, item.width = pixels.shape[:2]
@@ -210,12 +232,12 @@ class Pipeline:
         self._infer_items([item for job in jobs for item in job.items if item.error is None])
 
     def _infer_items(self, items: list[Item]) -> None:
-        groups: dict[tuple[int, int, bool], list[Item]] = defaultdict(list)
+        groups: dict[tuple[int, int, torch.dtype, bool], list[Item]] = defaultdict(list)
         for item in items:
             if item.tensor is not None:
                 _, height, width = item.tensor.shape
-                groups[height, width, item.options.multi_label].append(item)
-        for (height, width, _), group in groups.items():
+                groups[height, width, item.tensor.dtype, item.options.multi_label].append(item)
+        for (height, width, *_), group in groups.items():
             size = max(1, min(MAX_FORWARD, MAX_FORWARD_PIXELS // (height * width)))
             for start in range(0, len(group), size):
                 self._forward(group[start : start + size])
@@ -226,6 +248,10 @@ class Pipeline:
         try:
             with torch.inference_mode():
                 images = torch.stack([item.tensor for item in items if item.tensor is not None])
+                if images.is_floating_point():
+                    for item, rows in zip(items, self.network.rows(images), strict=True):
+                        item.rows = rows
+                    return
                 threshold = min(item.options.score_threshold for item in items)
                 found = self.network.candidates(images, threshold, items[0].options.multi_label)
                 elapsed = round((time.perf_counter() - start) * 1000, 3)
@@ -251,6 +277,8 @@ class Pipeline:
             if job.kserve:
                 return Answer(*kserve_answer([self._kserve_prediction(i, item) for i, item in enumerate(job.items)]))
             (item,) = job.items
+            if item.rows is not None:
+                return Answer(*tensor_answer(item.rows))
             detections, context = self._result(item)
             return Answer(*render(detections, item.options.format, context, item.pixels))
         except RequestError as error:
@@ -279,7 +307,11 @@ class Pipeline:
         return item.detections, context
 
     def describe(self) -> dict[str, Any]:
-        """What this model is, for TorchServe's customised description."""
+        """What this model is, for TorchServe's customised description.
+
+        since: when this worker has loaded it. checksum: of the archive's provenance, which holds those of all its
+        entries; None where there is none.
+        """
         settings = self.settings
         return {
             "name": settings.name,
@@ -289,6 +321,9 @@ class Pipeline:
             "postprocess": vars(settings.postprocess),
             "response": vars(settings.response),
             "device": str(self.device),
+            "since": self.since.isoformat(timespec="seconds"),
+            "checksum": self.checksum,
+            "input": vars(settings.preprocess) | {"letterbox": self.network.letterbox, "stride": self.network.stride},
         }
 
 

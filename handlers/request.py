@@ -1,8 +1,9 @@
 """What TorchServe hands over for one request, read into pictures and options.
 
 The picture: a raw body, a multipart field `data` or `body`, JSON `{"instances": [{"b64": ...}]}` (KServe V1)
-or `{"b64": ...}`, or base64 text, also as a data URL. Options: headers `Marina-...`, multipart fields or query
-parameters, JSON members. A nearer one wins: a member over a field or query parameter, that over a header.
+or `{"b64": ...}`, or base64 text, also as a data URL; or a tensor (`handlers.tensor`).
+Options: headers `Marina-...`, multipart fields or query parameters, JSON members. A nearer one wins: a member over a
+field or query parameter, that over a header.
 """
 
 import base64
@@ -19,6 +20,9 @@ from handlers.settings import Limits
 
 PICTURE_FIELDS = ("data", "body")
 OPTION_HEADER = "marina-"
+# The content type of tensors and the header with their shape (`handlers.tensor`).
+TENSOR = "application/vnd.marina.tensor"
+SHAPE_HEADER = "Marina-Shape"
 MAX_INSTANCES = 64
 EXAMPLE = "curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg URL, or curl -T photo.jpg URL"
 
@@ -29,10 +33,11 @@ _DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,")
 
 @dataclass(frozen=True)
 class Instance:
-    """One encoded picture and the options given for it, unparsed."""
+    """One encoded picture, or a tensor, and the options given for it, unparsed."""
 
     body: bytes
     options: dict[str, Any] = field(default_factory=dict)
+    tensor: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ def read_request(row: Mapping[str, Any], headers: Mapping[str, Any], limits: Lim
     # `/invocations` finds its model by this query parameter, and passes it on.
     options |= {name: value for name, value in row.items() if name not in (*PICTURE_FIELDS, "model_name")}
     value = row[given[0]]
+    if _header(headers, "content-type").startswith(TENSOR):
+        if not isinstance(value, bytes | bytearray):
+            raise InvalidImage("the body says that it is a tensor, but is text; send its bytes")
+        return Request([Instance(bytes(value), options, tensor=True)])
     if isinstance(value, bytes | bytearray):
         value = _parse_json(bytes(value), headers)
     if isinstance(value, dict):

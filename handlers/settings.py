@@ -21,6 +21,8 @@ STRICT = {"extra": "forbid", "strict": True}
 # TorchServe's limit on an answer, beyond which it kills the worker.
 MAX_DETECTIONS = 1000
 MAX_LABEL_LENGTH = 256
+# The environment variable of a server that sends larger answers than TorchServe does by default: how many bytes.
+ANSWER_VARIABLE = "MARINA_MAX_ANSWER_BYTES"
 # Pillow refuses to decode more (twice PIL.Image.MAX_IMAGE_PIXELS).
 MOST_PIXELS = 178_956_970
 

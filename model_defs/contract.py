@@ -54,6 +54,11 @@ class Detector(nn.Module):
         """
         raise NotImplementedError
 
+    def rows(self, images: Tensor) -> Tensor:
+        """All that a letterboxing network decodes, `[B, 3, H, W]` to `[B, N, 5 + classes]`: centre x, centre y, width and
+        height in pixels, objectness and class scores in 0..1."""
+        raise NotImplementedError
+
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError for a picture of a size that the network cannot take."""
 

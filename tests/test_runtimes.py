@@ -120,6 +120,17 @@ def test_a_batch_is_answered_as_each_alone(reference: Reference, engine: str, sh
 
 
 @pytest.mark.parametrize("shape", ["dynamic", "fixed"])
+def test_an_engine_gives_the_rows_that_torch_gives(reference: Reference, engine: str, shape: str) -> None:
+    config = reference.config(engine, shape=shape)
+    images = torch.rand(3, 3, 320, 320, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = Pipeline.load(reference.folder, config).network.rows(images)
+        expected = by_torch(reference, config).network.rows(images)
+    assert found.shape == expected.shape == (3, 3 * (40**2 + 20**2 + 10**2), 10)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", ["dynamic", "fixed"])
 def test_levels_with_nothing_above_the_threshold(reference: Reference, engine: str, shape: str) -> None:
     """Also before any other picture: engines have kept the sizes of the one before, or none."""
     config = reference.config(engine, shape=shape)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from tiny_archive import write_archive
 
+from handlers.settings import ANSWER_VARIABLE
 from tools.errors import ToolError
 from tools.serve import process
 from tools.serve.command import curl_line, is_loopback
@@ -86,6 +87,8 @@ def test_environment_keeps_what_could_overrule_the_settings_out(
     environment = process.environment(tmp_path)
     assert "TS_CONFIG_FILE" not in environment
     assert environment["KEPT"] == "1"
+    assert ANSWER_VARIABLE not in environment
+    assert int(process.environment(tmp_path, 8_000_000)[ANSWER_VARIABLE]) < 8_000_000
     assert environment["TEMP"] == environment["TMPDIR"] == str(tmp_path / "tmp")
 
 

@@ -33,6 +33,9 @@ class Network(Protocol):
     def candidates(self, images: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
         """As `Detector.candidates`, but of pictures as they are: `[B, 3, H, W]` uint8, RGB, on the CPU."""
 
+    def rows(self, images: Tensor) -> Tensor:
+        """As `Detector.rows`, both on the CPU."""
+
 
 def load_network(folder: Path, settings: Settings, num_labels: int, device: torch.device) -> Network:
     """The network of an extracted archive, ready to answer.

@@ -44,6 +44,13 @@ class ExportedNetwork:
                 result.append(Detections(*found))
         return result
 
+    def rows(self, images: Tensor) -> Tensor:
+        result = []
+        for part in images.split(1) if self._single else [images]:
+            rows, pictures = (_tensor(value) for value in self._run(part, torch.tensor(0.0)))
+            result += [rows[pictures == index] for index in range(len(part))]
+        return torch.stack(result)
+
 
 def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.from_numpy(value)

@@ -30,8 +30,15 @@ class TorchNetwork:
     def candidates(self, images: Tensor, score_threshold: float, multi_label: bool = False) -> list[Detections]:
         images = images.to(self.device).contiguous(memory_format=torch.channels_last)
         scaled = images.to(torch.float32).div_(255)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self._autocast():
             return self.detector.candidates(scaled, score_threshold, multi_label)
+
+    def rows(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            return self.detector.rows(images.to(self.device).contiguous(memory_format=torch.channels_last)).cpu()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def load(folder: Path, settings: Settings, num_labels: int, device: torch.device) -> TorchNetwork:

@@ -140,6 +140,9 @@ class YOLOv5(Detector):
         """`[B, 3, H, W]` to `[B, N, 5 + classes]`, as `Detect.decode` describes it."""
         return self.head.decode(self.raw(images))
 
+    def rows(self, images: Tensor) -> Tensor:
+        return self(images)
+
     def rows_above(self, images: Tensor, score_threshold: Tensor) -> tuple[Tensor, Tensor]:
         """Of what `forward` gives, the rows that can hold a candidate, as `Detect.decode_above` describes it."""
         return self.head.decode_above(self.features(images), score_threshold)

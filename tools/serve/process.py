@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from handlers.settings import ANSWER_VARIABLE
 from tools.errors import ToolError
 from tools.serve.java import Java
 
@@ -22,6 +23,8 @@ from tools.serve.java import Java
 _LONGEST_SOCKET_PATH = 103
 _LONGEST_FOLDER = _LONGEST_SOCKET_PATH - len(os.path.join("", "tmp", ".ts.sock.90000")) - 1
 _PR_SET_PDEATHSIG = 1
+# What TorchServe's limit counts beside the answers themselves, for a whole batch.
+_ANSWER_ENVELOPE = 1 << 16
 
 
 def private_folder() -> Path:
@@ -87,9 +90,12 @@ def command_line(java: Java, folder: Path) -> list[str]:
     ]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Ours, without the TS_* variables that would overrule config.properties."""
+def environment(folder: Path, answer_bytes: int | None = None) -> dict[str, str]:
+    """Ours, without the TS_* variables that would overrule config.properties. answer_bytes: TorchServe's limit on
+    answers, where it is not its own."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("TS_")}
+    if answer_bytes:
+        kept[ANSWER_VARIABLE] = str(answer_bytes - _ANSWER_ENVELOPE)
     return kept | {
         "TEMP": str(folder / "tmp"),
         "TMPDIR": str(folder / "tmp"),
@@ -100,8 +106,8 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
-    """Run `command` in `folder`, its output in one pipe.
+def start(command: list[str], folder: Path, answer_bytes: int | None = None) -> subprocess.Popen[str]:
+    """Run `command` in `folder`, its output in one pipe. answer_bytes: see `environment`.
 
     It leads a process group, so that Ctrl-C in a terminal reaches us alone and all its workers can be
     ended at once. On Linux it gets SIGTERM when the thread that started it ends, however it ends.
@@ -109,7 +115,7 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=environment(folder),
+        env=environment(folder, answer_bytes),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

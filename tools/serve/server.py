@@ -212,16 +212,17 @@ class TorchServe:
         if self.grpc_port is not None:
             self.grpc_port = process.bindable_port(self.host, self.grpc_port)
         self._folder = process.private_folder()
-        self._write_folder()
+        answer_bytes = self._write_folder()
         self._report(f"starting TorchServe on {java} with {', '.join(map(str, self.archives))}")
-        self._process = process.start(process.command_line(java, self._folder), self._folder)
+        self._process = process.start(process.command_line(java, self._folder), self._folder, answer_bytes)
         assert self._process.stdout is not None
         self._output = Output(self._process.stdout, self.log_file, self._report, self._verbose)
         self._await_token()
         self._await_models()
         self._output.reporting = True
 
-    def _write_folder(self) -> None:
+    def _write_folder(self) -> int:
+        """Returns the limit on answers, in bytes."""
         folder = self.folder
         for name in ("tmp", "logs", "store", "images"):
             (folder / name).mkdir()
@@ -252,6 +253,7 @@ class TorchServe:
         )
         (folder / "config.properties").write_text(config.properties_text(properties), encoding="ascii")
         (folder / "log4j2.xml").write_text(config.LOG4J, encoding="utf-8")
+        return int(properties["max_response_size"])
 
     def _await_token(self) -> None:
         if self.token_file is None:
