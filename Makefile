@@ -69,6 +69,12 @@ lock: $(VENV)/.installed ## Pin the newest versions that pyproject.toml allows
 	$(UV) pip compile --upgrade --quiet --python-version 3.11 --all-extras --generate-hashes --no-header --no-annotate \
 	  --no-emit-index-url pyproject.toml -o requirements.lock
 
+# A pool of its own: tritonclient registers the same messages, and two copies of a name end the import.
+.PHONY: proto
+proto: $(VENV)/.installed ## Generate the gRPC stubs in tools/proto
+	$(RUN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. tools/proto/*.proto
+	sed -i 's/_descriptor_pool\.Default()/_descriptor_pool.DescriptorPool()/' tools/proto/*_pb2.py
+
 .PHONY: clean
 clean: ## Remove what make made
 	rm -rf $(VENV) $(STOCK) .mypy_cache .ruff_cache .pytest_cache .coverage demo-output

@@ -55,7 +55,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def rows(self, images: Tensor) -> Tensor:
-        """All that a letterboxing network decodes, `[B, 3, H, W]` to `[B, N, 5 + classes]`: centre x, centre y, width and
+        """All that a letterboxing network decodes, `[B, 3, H, W]` to `[B, N, 5 + classes]`: centre x, centre y, width,
         height in pixels, objectness and class scores in 0..1."""
         raise NotImplementedError
 

@@ -126,7 +126,7 @@ def test_an_engine_gives_the_rows_that_torch_gives(reference: Reference, engine:
     with torch.inference_mode():
         found = Pipeline.load(reference.folder, config).network.rows(images)
         expected = by_torch(reference, config).network.rows(images)
-    assert found.shape == expected.shape == (3, 3 * (40**2 + 20**2 + 10**2), 10)
+    assert found.shape == expected.shape == (3, 3 * (40**2 + 20**2 + 10**2), 11)
     assert torch.allclose(found, expected, rtol=1e-3, atol=0.01)
 
 
