@@ -44,11 +44,11 @@ def draw_boxes(
             # A name that would leave the picture at its upper or right border moves into it.
             drop, back = max(0, -top), min(left, max(0, right - image.width))
             canvas.rectangle((left - back, top + drop, right - back, bottom + drop), fill=colour)
-            canvas.text((x1 - back, y1 + drop), caption, fill=_readable_on(colour), font=font, anchor="lb")
+            canvas.text((x1 - back, y1 + drop), caption, fill=readable_on(colour), font=font, anchor="lb")
     return image
 
 
-def _readable_on(colour: tuple[int, int, int]) -> str:
+def readable_on(colour: tuple[int, int, int]) -> str:
     """Black or white, whichever stands out more (luma of ITU-R BT.601)."""
     red, green, blue = colour
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 110 else "white"

@@ -25,7 +25,7 @@ from model_defs import build
 from model_defs.yolov5 import YOLOv5
 from tools.archive.build import build_archive, check_recipe, settings_of
 from tools.archive.diff import diff_archives
-from tools.archive.inspect import inspect_archive
+from tools.archive.inspect import as_table, inspect_archive
 from tools.archive.reader import open_archive
 from tools.archive.recipe import Recipe, load_recipe
 from tools.archive.verify import verify_archive
@@ -92,6 +92,11 @@ def test_an_onnx_archive_holds_the_network_and_its_report(onnx_archive: Path, re
     assert parity["pictures"] == 2
     assert parity["detections"] == 10
     assert parity["min_iou"] > 0.999
+    told = as_table(inspect_archive(onnx_archive))
+    assert "runtime     onnx fp32 dynamic\n" in told
+    assert (
+        "parity      2 pictures, 10 detections: lowest IoU 1.0, largest score difference 0.0, 0 gained, 0 lost" in told
+    )
     assert "golden pictures answered" in verify_archive(onnx_archive).known[-1]
     assert check_target(onnx_archive).level == "ok"
 
@@ -105,7 +110,7 @@ def test_an_int8_archive_is_fitted_compared_and_measured(recipe_folder: Path, tm
     given = recipe(recipe_folder, runtime=runtime, parity=parity, preprocess={"size": 320, "shape": "square"})
     built = build_archive(given, tmp_path / "a.mar", calibration=pictures)
     (note,) = built.notes
-    assert "on 8 pictures" in note
+    assert "on 20 pictures" in note
     assert "mAP50-95 0." in note
     with open_archive(built.path) as archive:
         assert {"model.xml", "model.bin"} <= set(archive.names())
@@ -113,7 +118,7 @@ def test_an_int8_archive_is_fitted_compared_and_measured(recipe_folder: Path, tm
         own = json.loads(archive.read("golden/scene.json"))["detections"]
         assert archive.provenance["parity"]["map50_95"]["torch"] > 0.2
         assert archive.provenance["recipe"]["parity"] == parity
-        assert archive.provenance["fitted_to"]["pictures"] == 12
+        assert archive.provenance["fitted_to"]["pictures"] == 18
     assert own != json.loads((recipe_folder / "golden/scene.json").read_text())["detections"]
     verify_archive(built.path)
 
@@ -264,6 +269,7 @@ def test_a_bare_network_comes_with_what_one_must_know(
     described = json.loads((tmp_path / "out/network.json").read_text())
     assert described["inputs"] == ["images", "score_threshold"]
     assert described["outputs"] == ["rows", "pictures"]
+    assert list(described["meaning"]) == [*described["inputs"], *described["outputs"]]
     assert described["preprocess"] == {"size": 320, "shape": "rect", "padding": 114}
     import onnxruntime
 

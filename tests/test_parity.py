@@ -15,7 +15,7 @@ from handlers.settings import Runtime
 from model_defs.contract import Detections
 from tools.archive.recipe import Parity
 from tools.errors import ToolError
-from tools.export.calibration import MOST_FITTED, Letterboxed, read_calibration
+from tools.export.calibration import ALL, MOST_FITTED, Letterboxed, read_calibration
 from tools.export.parity import BOUNDS, Bounds, Difference, Report, bounds_of, check, difference
 
 CLEAR = 0.3
@@ -173,13 +173,16 @@ def test_int8_needs_pictures_and_others_do_not() -> None:
     assert not read_calibration(None, Runtime("openvino", "bf16")).compared
 
 
-def test_a_labelled_set_is_fitted_on_one_split_and_compared_on_another(tmp_path: Path) -> None:
+def test_a_labelled_set_is_compared_with_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all of its splits; of many pictures, on some from all over."""
     folder = write_set(tmp_path / "set", train=3, valid=2)
     calibration = read_calibration(folder, Runtime())
-    assert [len(calibration.fitted), len(calibration.compared)] == [3, 2]
-    assert {path.parent.name for path in calibration.fitted} == {"train"}
+    assert [len(calibration.fitted), len(calibration.compared)] == [5, 5]
     assert calibration.dataset is not None
-    assert calibration.split == "valid"
+    assert [picture.file for picture in calibration.dataset.split(ALL)] == calibration.compared
+    monkeypatch.setattr("tools.export.calibration.MOST_COMPARED", 3)
+    fewer = read_calibration(folder, Runtime())
+    assert [path.parent.name for path in fewer.compared] == ["train", "train", "valid"]
 
 
 def test_a_labelled_set_without_pictures_is_one_line(tmp_path: Path) -> None:

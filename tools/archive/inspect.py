@@ -78,10 +78,25 @@ def _provenance_lines(provenance: dict[str, Any]) -> list[str]:
     recipe, weights, marina = provenance["recipe"], provenance["weights"], provenance["marina"]
     arguments = " ".join(f"{key}={value}" for key, value in recipe["model"]["args"].items())
     versions = ", ".join(f"{name} {version}" for name, version in provenance["verified_with"].items())
+    parity = [f"{'parity':12}{_parity_line(provenance['parity'])}"] if "parity" in provenance else []
     return [
         f"{'definition':12}{recipe['model']['definition']} {arguments}".rstrip(),
         f"{'weights':12}{weights['file']} ({weights['kind']}, {weights['parameters']:,} parameters)",
         f"{'':12}sha256 {weights['sha256']}",
         f"{'built by':12}marina {marina['version']}, source {marina['revision'] or 'unknown'}",
+        f"{'runtime':12}{' '.join(recipe['runtime'].values())}",
         f"{'verified':12}{versions}",
+        *parity,
     ]
+
+
+def _parity_line(parity: dict[str, Any]) -> str:
+    """What the build has found beside torch in fp32."""
+    if not parity["pictures"]:
+        return "not compared with torch in fp32"
+    line = (
+        f"{parity['pictures']} pictures, {parity['detections']} detections: lowest IoU {parity['min_iou']}, largest"
+        f" score difference {parity['max_score_difference']}, {parity['gained']} gained, {parity['lost']} lost"
+    )
+    maps = parity.get("map50_95")
+    return line + (f"; mAP50-95 {maps['archive']}, of torch {maps['torch']}" if maps else "")

@@ -40,12 +40,33 @@ def write_network(recipe: Recipe, weights: Path | None, calibration: Path | None
         raise ToolError(f"{error.filename or output}: {error.strerror or error}; name another --output") from error
 
 
+# What goes in and out, by the number of outputs.
+INPUT_MEANING = {
+    "images": "float32 [B, 3, H, W], RGB in 0..1",
+    "score_threshold": "float32 without dimensions, in 0..1",
+}
+ROWS_MEANING = {
+    "rows": "float32 [M, 5 + classes], in no set order, those that can be above the threshold and some others: centre"
+    " x, centre y, width, height in pixels of the input, objectness, class scores; a score is objectness x class score;"
+    " threshold and suppression (NMS) are still to be done",
+    "pictures": "int64 [M]: which of the B pictures a row is of",
+}
+FLAT_MEANING = {
+    "boxes": "float32 [N, 4]: x1, y1, x2, y2 in pixels of the input, above the threshold; suppression (NMS) is still to"
+    " be done, class by class",
+    "labels": "int64 [N]: index into labels",
+    "scores": "float32 [N] in 0..1",
+}
+
+
 def _description(settings: Settings, labels: list[str]) -> dict[str, Any]:
     """What one must know to use the network: how pictures go in, what its outputs mean."""
     assert settings.exported is not None
+    meanings = ROWS_MEANING if len(settings.exported.outputs) == len(ROWS_MEANING) else FLAT_MEANING
     return {
         "network": settings.weights,
         "inputs": INPUTS,
+        "meaning": INPUT_MEANING | meanings,
         **asdict(settings.exported),
         "runtime": asdict(settings.runtime),
         "preprocess": asdict(settings.preprocess) | {"padding": PADDING} if settings.exported.letterbox else None,

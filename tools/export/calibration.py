@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from handlers.settings import Runtime
 from tools.archive.sources import sha256_of
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 # Of these an engine sees enough to know the range of every layer.
 MOST_FITTED = 300
+# And of these people see whether its answers are the same.
+MOST_COMPARED = 1000
+ALL = "all"
+Item = TypeVar("Item")
 SIGNATURE = 12  # bytes at the beginning of a file that tell its format
 
 
@@ -25,13 +29,12 @@ SIGNATURE = 12  # bytes at the beginning of a file that tell its format
 class Calibration:
     """fitted: the pictures that int8 is fitted to. compared: those that the networks are compared on.
 
-    dataset, split: the labels of `compared`, where there are any.
+    dataset: `compared` with their labels as its split ALL, where there are any.
     """
 
     fitted: Sequence[Path] = ()
     compared: Sequence[Path] = ()
     dataset: Dataset | None = None
-    split: str = ""
 
     def document(self) -> dict[str, Any]:
         """What the provenance says of the pictures that int8 was fitted to."""
@@ -40,7 +43,9 @@ class Calibration:
 
 
 def read_calibration(folder: Path | None, runtime: Runtime) -> Calibration:
-    """A prepared data set is fitted on its first split and compared on its last; a folder of pictures serves for both.
+    """All pictures of a folder, or of a prepared data set, serve for both; of many, some from all over it.
+
+    Whether two networks answer alike is asked of pictures that one was fitted to, too: it is no question of learning.
 
     Raises ToolError for a folder that is missing or without pictures, and for int8 without a folder.
     """
@@ -55,20 +60,21 @@ def read_calibration(folder: Path | None, runtime: Runtime) -> Calibration:
         raise ToolError(f"calibration folder {folder} is not there; give a folder of pictures or a prepared data set")
     if (folder / INFO).is_file():
         dataset = read_dataset(folder)
-        there = [split for split in SPLITS if dataset.splits.get(split)]
-        if not there:
+        pictures = [picture for split in SPLITS for picture in dataset.splits.get(split, ())]
+        if not pictures:
             raise ToolError(f"calibration set {folder} has no pictures; give one that has")
-        first, last = ([picture.file for picture in dataset.split(split)] for split in (there[0], there[-1]))
-        return Calibration(_spread(first), last, dataset, there[-1])
+        compared = _spread(pictures, MOST_COMPARED)
+        fitted = _spread([picture.file for picture in pictures], MOST_FITTED)
+        return Calibration(fitted, [each.file for each in compared], replace(dataset, splits={ALL: compared}))
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_picture(path))
     if not files:
         raise ToolError(f"calibration folder {folder} has no picture in it; give one with pictures")
-    return Calibration(_spread(files), files)
+    return Calibration(_spread(files, MOST_FITTED), _spread(files, MOST_COMPARED))
 
 
-def _spread(files: Sequence[Path]) -> Sequence[Path]:
-    """At most `MOST_FITTED`, from all over the list."""
-    return files[:: -(-len(files) // MOST_FITTED)]
+def _spread(items: Sequence[Item], most: int) -> Sequence[Item]:
+    """At most so many, from all over the list."""
+    return items[:: -(-len(items) // most)]
 
 
 def _is_picture(path: Path) -> bool:

@@ -7,6 +7,7 @@
 The same weights give the same bytes, save for AOTInductor, whose compiled code holds the names of temporary files.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
@@ -196,6 +197,9 @@ def _write_aoti(network: nn.Module, path: Path, settings: Settings, stride: int)
     if settings.runtime.shape == "dynamic":
         sides = (stride * Dim(name, min=1, max=MOST_STRIDES) for name in ("rows", "columns"))
         shapes = dict(zip((0, 2, 3), (Dim("batch", min=1, max=MOST_IN_A_BATCH), *sides), strict=True))
-    program = export(network, _example(settings, ROWS), dynamic_shapes=dict(zip(INPUTS, (shapes, {}), strict=True)))
-    aoti_compile_and_package(program, package_path=str(path))
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the compiler about itself
+        program = export(network, _example(settings, ROWS), dynamic_shapes=dict(zip(INPUTS, (shapes, {}), strict=True)))
+        aoti_compile_and_package(program, package_path=str(path))
     return machine()
