@@ -15,6 +15,8 @@ COMMANDS = {
     "export": ("tools.export.command", "a recipe's network as a file of ONNX, OpenVINO or AOTInductor"),
     "archive": ("tools.archive.command", "build, inspect, verify and diff .mar files"),
     "serve": ("tools.serve.command", "run TorchServe on a model store"),
+    "predict": ("tools.client.command", "ask a server about pictures, folders, videos or streams"),
+    "gateway": ("tools.gateway.command", "HTTP and KServe v2 before TorchServe: keys, limits, uploads, video, a page"),
     "smoke": ("tools.smoke.command", "ask a running server for health, an answer and a refusal"),
     "doctor": ("tools.doctor.command", "what this machine lacks, and how to mend it"),
     "bench": ("tools.bench.command", "measure the handler and the build"),
@@ -23,6 +25,19 @@ COMMANDS = {
 
 # What `pip install marina` leaves out, and the extra that brings it.
 EXTRAS = {
+    "aiohttp": "gateway",
+    "av": "client",
+    "fastapi": "gateway",
+    "fastapi_offline": "gateway",
+    "grpc": "client",
+    "jwt": "gateway",
+    "mss": "client",
+    "multipart": "gateway",
+    "prometheus_client": "gateway",
+    "python_multipart": "gateway",
+    "supervision": "client",
+    "trackers": "client",
+    "uvicorn": "gateway",
     "faster_coco_eval": "train",
     "matplotlib": "train",
     "mlflow": "mlflow",
