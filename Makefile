@@ -41,9 +41,13 @@ lint: $(VENV)/.installed ## Style and types
 	$(RUN)/mypy
 
 # Servers and trainings share the cores with the tests that wait for them: threads that wait should sleep.
-test: export OMP_WAIT_POLICY := passive
+test coverage: export OMP_WAIT_POLICY := passive
 .PHONY: test
 test: lint $(STOCK)/.installed ## Lint, types and every test, real servers included
+	$(RUN)/python -m pytest -m "not container" $(PYTEST)
+
+.PHONY: coverage
+coverage: $(STOCK)/.installed ## The tests once more, slower, with the lines that none of them runs
 	$(RUN)/coverage erase
 	$(RUN)/python -m pytest -m "not container" --cov --cov-report=term $(PYTEST)
 
