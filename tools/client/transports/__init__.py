@@ -1,0 +1,72 @@
+"""One module a protocol. Each asks once: time-outs and further attempts are the client's.
+
+A transport closes itself by `aclose`; its `predict` raises ServerRefused, ServerUnavailable or ServerFailed.
+"""
+
+import json
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import Any, Protocol
+
+from tools.client.answer import Answer
+from tools.client.errors import UNNAMED, ServerFailed, ServerRefused
+
+FORMAT = "detections"
+# The fields of every error body, TorchServe's own, the handler's and the gateway's.
+ERROR_FIELDS = {"code", "type", "message"}
+# A server that refuses a token names it so.
+WRONG_KEY = "InvalidKeyException"
+
+
+class Transport(Protocol):
+    async def predict(self, body: bytes, options: Mapping[str, str]) -> Answer:
+        """Asks about one encoded picture. options: those of a request, by their names with underscores."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+def read_answer(body: bytes | str, status: int = 200) -> Answer:
+    """The answer in a body of the format `detections`.
+
+    Raises ServerRefused for a body that tells an error, whatever the status says, ServerFailed for any other.
+    """
+    try:
+        content: Any = json.loads(body)
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and content.keys() >= ERROR_FIELDS and "detections" not in content:
+        code = content["code"]
+        raise refused(code if isinstance(code, int) else status, str(content["type"]), str(content["message"]))
+    if status != 200:
+        raise refused(status, UNNAMED, short(body) or "the server gives no reason")
+    try:
+        return Answer.from_json(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ServerFailed(
+            f"the server does not answer in Marina's format `detections` ({short(body)}); ask a model that Marina built"
+        ) from error
+
+
+def refused(status: int, kind: str, message: str) -> ServerRefused:
+    if kind == WRONG_KEY or status in (401, 403):
+        message += "; give the server's token, for the command by --token-file"
+    return ServerRefused(status, kind, message)
+
+
+def short(body: bytes | str) -> str:
+    text = body.decode("utf-8", errors="replace") if isinstance(body, bytes) else body
+    return " ".join(text.split())[:200]
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds from now, from a header Retry-After: a number of them, or a date (RFC 9110, section 10.2.3)."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time())
+    except ValueError:
+        return None

@@ -1,0 +1,130 @@
+"""`marina gateway`: what stands before one or more TorchServes, until Ctrl-C or SIGTERM."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from handlers.errors import MarinaError
+from tools.config import add_flags, settle
+from tools.gateway.settings import Flags, Settings
+from tools.serve.command import is_loopback
+from tools.serve.process import bindable_port
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+GRACE_S = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, Flags, "gateway")
+    parser.add_argument("--backend", metavar="URL", help="the TorchServe behind it; several only in the file")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="its token, which `marina serve` prints")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="its models that are offered here")
+    parser.add_argument(
+        "--no-auth", action="store_true", default=argparse.SUPPRESS, help="answer callers that show no key"
+    )
+    parser.add_argument("--new-key", metavar="NAME", help="print a new API key and its line for the keys file, and end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes. Raises ToolError for settings that cannot be used."""
+    if args.new_key is not None:
+        return _print_key(args.new_key)
+    settings = read_settings(args)
+    if settings.no_auth and not is_loopback(settings.host):
+        _tell(f"WARNING: --no-auth on {settings.host}: everyone who can reach this machine can use the models")
+    import uvicorn
+
+    from tools.gateway.app import create_app
+    from tools.gateway.protocol import GuardedProtocol
+
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("tools.gateway").setLevel(logging.INFO)
+    port = bindable_port(settings.host, settings.port)
+    if settings.grpc_port is not None:
+        settings = settings.model_copy(update={"grpc_port": bindable_port(settings.host, settings.grpc_port)})
+        print(f"gRPC  {settings.host}:{settings.grpc_port}", flush=True)
+    app = _Starting(create_app(settings))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=port,
+        http=GuardedProtocol,
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    print(f"http://{settings.host}:{port}/docs", flush=True)
+    try:
+        uvicorn.Server(config).run()
+    except SystemExit:
+        if app.failure is None:
+            raise
+        raise app.failure from None
+    return 0
+
+
+class _Starting:
+    """Keeps what hinders the application from starting, which uvicorn would print as a stack trace."""
+
+    def __init__(self, app: "ASGIApp"):
+        self._app = app
+        self.failure: MarinaError | None = None
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+
+        async def quietly(message: "Message") -> None:
+            failure = sys.exception()
+            if isinstance(failure, MarinaError):
+                self.failure = failure
+                message = {"type": message["type"]}
+            await send(message)
+
+        await self._app(scope, receive, quietly)
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """Flags over the file; those of a backend replace every one of the file. Raises ToolError."""
+    flags = {"url": args.backend, "token_file": args.token_file, "models": args.models}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if given:
+        args.backends = [given]
+    settings = settle(args, Settings, "gateway")
+    return settings if args.config is None else settings.model_copy(update=_beside(settings, args))
+
+
+def _beside(settings: Settings, args: argparse.Namespace) -> dict[str, Any]:
+    """What of `settings` names paths that lie beside the file, since they came from it."""
+    folder = args.config.parent
+    changed: dict[str, Any] = {}
+    if not hasattr(args, "backends"):
+        changed["backends"] = [
+            server.model_copy(update={"token_file": server.token_file and folder / server.token_file})
+            for server in settings.backends
+        ]
+    if "folder" in settings.video.model_fields_set:
+        changed["video"] = settings.video.model_copy(update={"folder": folder / settings.video.folder})
+    if "storage" in settings.model_fields_set and not hasattr(args, "storage") and "://" not in settings.storage:
+        changed["storage"] = str(folder / settings.storage)
+    return changed
+
+
+def _print_key(name: str) -> int:
+    from tools.gateway.auth import new_key
+
+    key, line = new_key(name)
+    _tell(f"the key, shown only now: {key}\nits line for the keys file:")
+    print(line)
+    return 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,80 @@
+"""Files under names of ours, in a folder or a bucket."""
+
+import os
+import re
+import secrets
+from pathlib import Path
+
+import fsspec
+
+from tools.errors import ToolError
+
+# No dot first, no empty part: nothing leads out of the root.
+_NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]*(/[a-z0-9_][a-z0-9_.-]*)*")
+_TEMPORARY = ".part-"
+
+
+class Storage:
+    """Blocking: call it in a thread.
+
+    A name is made of parts of lower-case letters, digits, `_`, `-` and `.`, joined by `/`. Anything else is a
+    fault of the caller and raises ValueError, since no name may come from a request.
+    """
+
+    def __init__(self, url: str):
+        """url: a folder, or `s3://bucket/prefix`. Raises ToolError when it cannot be used."""
+        self.url = url
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url)
+            self._is_folder = "file" in (self._files.protocol if self._files.protocol != "file" else ("file",))
+            if self._is_folder:
+                Path(self._root).mkdir(parents=True, exist_ok=True, mode=0o700)
+            else:
+                self._files.ls(self._root.partition("/")[0])
+        except (OSError, ValueError, ImportError) as error:
+            raise ToolError(f"storage {url} cannot be used: {error}") from error
+
+    def _path(self, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of ours")
+        return f"{self._root}/{name}"
+
+    def put(self, name: str, body: bytes) -> None:
+        """All of it or nothing."""
+        path = self._path(name)
+        if not self._is_folder:
+            self._files.pipe_file(path, body)
+            return
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        try:
+            temporary.write_bytes(body)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def get(self, name: str) -> bytes | None:
+        """None where nothing has that name."""
+        try:
+            body: bytes = self._files.cat_file(self._path(name))
+        except FileNotFoundError:
+            return None
+        return body
+
+    def list(self, prefix: str = "") -> list[str]:
+        """What lies directly below `prefix`, its last parts, in order."""
+        path = self._path(prefix) if prefix else self._root
+        try:
+            found = self._files.ls(path, detail=False, **({} if self._is_folder else {"refresh": True}))
+        except FileNotFoundError:
+            return []
+        names = {Path(entry).name for entry in found if entry.rstrip("/") != path.rstrip("/")}
+        return sorted(name for name in names if not name.startswith(_TEMPORARY))
+
+    def delete(self, name: str) -> None:
+        """The file or everything below it; nothing happens when there is nothing."""
+        try:
+            self._files.rm(self._path(name), recursive=True)
+        except FileNotFoundError:
+            return

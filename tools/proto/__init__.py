@@ -1,0 +1,1 @@
+"""gRPC stubs, made by `make proto`: TorchServe's inference service, the Open Inference Protocol (KServe v2)."""
