@@ -78,6 +78,7 @@ def test_stock_torchserve_answers_as_we_do(shapes_server: TorchServe, repository
         "score_threshold": 0.4,
         "iou_threshold": 0.45,
         "args": {"size": "n"},
+        "threads": 1,
     }
     with stock(shapes_server.archives[0].path, settings, picture) as target:
         check_equal([expected], [detections(target, picture)])
