@@ -44,7 +44,9 @@ lint: $(VENV)/.installed ## Style and types
 test coverage: export OMP_WAIT_POLICY := passive
 .PHONY: test
 test: lint $(STOCK)/.installed ## Lint, types and every test, real servers included
-	$(RUN)/python -m pytest -m "not container" $(PYTEST)
+	# Apart: the libraries of clients and browsers do not meet those of all the engines in one process.
+	$(RUN)/python -m pytest -m "not container" tests/e2e $(PYTEST)
+	$(RUN)/python -m pytest -m "not container" --ignore=tests/e2e $(PYTEST)
 
 .PHONY: coverage
 coverage: $(STOCK)/.installed ## The tests once more, slower, with the lines that none of them runs
