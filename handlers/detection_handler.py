@@ -12,9 +12,9 @@ import_torchvision()
 with lean_vision_handler():
     from ts.torch_handler.vision_handler import VisionHandler
 
-from handlers.errors import InvalidOption  # noqa: E402
-from handlers.pipeline import Answer, Job, load_checked  # noqa: E402
-from handlers.response import JSON, error_answer  # noqa: E402
+from handlers.errors import InvalidOption  # noqa: E402  # see above
+from handlers.pipeline import Answer, Job, load_checked  # noqa: E402  # see above
+from handlers.response import JSON, error_answer  # noqa: E402  # see above
 
 
 class DetectionHandler(VisionHandler):

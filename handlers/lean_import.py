@@ -35,7 +35,7 @@ def import_torchvision() -> None:
     import torch  # noqa: F401  # before the placeholders, or they would take the place of its own parts
 
     with _standing_in(_package("torch._dynamo", "utils", is_compile_supported=_is_compile_supported)):
-        import torchvision.models.detection  # noqa: F401
+        import torchvision.models.detection  # noqa: F401  # so that it is there
 
 
 @contextmanager

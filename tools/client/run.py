@@ -40,7 +40,7 @@ class Run:
         with ExitStack() as stack:
             outputs = [stack.enter_context(output) for output in self._outputs()]
             # Before the outputs, so that nothing is under way when they end.
-            answers = stack.enter_context(closing(results))  # type: ignore[type-var]
+            answers = stack.enter_context(closing(results))  # type: ignore[type-var]  # a generator
             try:
                 with suppress(Closed):
                     self._take_all(answers, outputs)

@@ -266,7 +266,7 @@ def _by_content(url: str) -> Source:
 def _youtube(url: str) -> str:
     """Where the video of a page lies, as a file of pictures and sound."""
     try:
-        import yt_dlp  # type: ignore[import-untyped]
+        import yt_dlp  # type: ignore[import-untyped]  # it has none
     except ModuleNotFoundError as error:
         raise ToolError(f"source {url} needs yt-dlp; pip install yt-dlp, or give a file") from error
     settings = {"quiet": True, "no_warnings": True, "format": "best[ext=mp4]/best", "noplaylist": True}

@@ -41,7 +41,7 @@ def session(token: str | None, connections: int) -> httpx.AsyncClient:
     """Without time-outs: the client has one for all attempts together."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    return httpx.AsyncClient(headers=headers, timeout=None, limits=limits)  # noqa: S113
+    return httpx.AsyncClient(headers=headers, timeout=None, limits=limits)  # noqa: S113  # see the docstring
 
 
 async def post(session: httpx.AsyncClient, url: str, **request: Any) -> httpx.Response:

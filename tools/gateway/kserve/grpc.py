@@ -88,29 +88,29 @@ class _Service(GRPCInferenceServiceServicer):
         self._calls = Calls(services.backend)
 
     @_answered
-    async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> Any:  # noqa: N802
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> Any:  # noqa: N802  # as the protocol names it
         return pb.ServerLiveResponse(live=True)
 
     @_answered
-    async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> Any:  # noqa: N802
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> Any:  # noqa: N802  # as the protocol names it
         return pb.ServerReadyResponse(ready=await self._calls.server_ready())
 
     @_answered
-    async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> Any:  # noqa: N802
+    async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> Any:  # noqa: N802  # as the protocol names it
         return pb.ServerMetadataResponse(**asdict(SERVER))
 
     @_answered
-    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> Any:  # noqa: N802
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> Any:  # noqa: N802  # as the protocol names it
         await self._admit(context)
         return pb.ModelReadyResponse(ready=await self._calls.model_ready(request.name, request.version or None))
 
     @_answered
-    async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> Any:  # noqa: N802
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> Any:  # noqa: N802  # as the protocol names it
         await self._admit(context)
         return pb.ModelMetadataResponse(**asdict(await self._calls.metadata(request.name, request.version or None)))
 
     @_answered
-    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Any:  # noqa: N802
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Any:  # noqa: N802  # as the protocol names it
         await self._admit(context)
         asked = read_grpc(request)
         return write_grpc(await self._calls.infer(request.model_name, request.model_version or None, asked))
