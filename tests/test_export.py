@@ -224,6 +224,11 @@ def test_faster_rcnn_answers_as_in_torch(settings: Settings, backend: str, tmp_p
     report = Report(compare(expected, other, pictures, 2, BOUNDS["fp32"]), None)
     check(report, BOUNDS["fp32"])
     assert report.detections > 20
+    batch = [encode(scene(120, 160, seed)) for seed in (3, 4, 5)]
+    together = other.detect(batch, other.defaults)
+    for body, found in zip(batch, together, strict=True):
+        (alone,) = other.detect([body], other.defaults)
+        assert torch.equal(found.boxes, alone.boxes) and torch.equal(found.scores, alone.scores)
     thin = encode(scene(1, 5000))
     refusals = [str(pipeline.detect([thin], pipeline.defaults)[0]) for pipeline in (expected, other)]
     assert refusals[0] == refusals[1]

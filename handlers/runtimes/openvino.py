@@ -45,8 +45,8 @@ def load(folder: Path, settings: Settings, num_labels: int, device: torch.device
 
     def run(*given: Tensor) -> list:
         tensors = {name: value.numpy() for name, value in zip(INPUTS, given, strict=True)}
-        # Not copied: what comes out is read before the next picture goes in.
-        found = request.infer(tensors, share_inputs=True, share_outputs=True)
+        # What comes out is copied: the memory of this picture's answer is that of the next one's.
+        found = request.infer(tensors, share_inputs=True)
         return [found[output] for output in outputs]
 
     return ExportedNetwork(settings.exported, run)
