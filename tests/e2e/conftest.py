@@ -58,7 +58,7 @@ def coco_server(coco_store: Path) -> Iterator[TorchServe]:
 def shapes_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     store = tmp_path_factory.mktemp("shapes-store")
     build_archive(load_recipe(repository / "archives" / "shapes"), store / "shapes.mar")
-    with TorchServe(store, port=0) as server:
+    with TorchServe(store, port=0, grpc_port=0) as server:
         yield server
 
 

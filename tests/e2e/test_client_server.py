@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from conftest import free_port
 from numpy.random import default_rng
@@ -32,20 +34,15 @@ SIZES = ((200, 150), (320, 320), (320, 32))
 
 
 @pytest.fixture(scope="module")
-def server(shapes_server: TorchServe) -> Iterator[TorchServe]:
-    """As `shapes_server`, with gRPC."""
-    with TorchServe(shapes_server.archives[0].path.parent, port=0, grpc_port=0) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def ways(server: TorchServe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Mapping[str, Any]]]:
+def ways(
+    shapes_server: TorchServe, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mapping[str, Mapping[str, Any]]]:
     """What the client must be told, for each way in."""
     folder = tmp_path_factory.mktemp("gateway")
     key, line = new_key("tester")
     (folder / "keys").write_text(line)
     settings = Settings(
-        backends=[Server(url=server.url, token_file=server.token_file, models=["shapes"])],
+        backends=[Server(url=shapes_server.url, token_file=shapes_server.token_file, models=["shapes"])],
         keys_file=folder / "keys",
         port=free_port(),
         grpc_port=free_port(),
@@ -54,8 +51,12 @@ def ways(server: TorchServe, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     )
     with run_gateway(settings):
         yield {
-            "rest": {"url": server.url, "protocol": "rest", "token": server.token},
-            "grpc": {"url": f"grpc://127.0.0.1:{server.grpc_port}", "protocol": "grpc", "token": server.token},
+            "rest": {"url": shapes_server.url, "protocol": "rest", "token": shapes_server.token},
+            "grpc": {
+                "url": f"grpc://127.0.0.1:{shapes_server.grpc_port}",
+                "protocol": "grpc",
+                "token": shapes_server.token,
+            },
             "kserve by rest": {"url": f"http://127.0.0.1:{settings.port}", "protocol": "kserve", "token": key},
             "kserve by grpc": {"url": f"grpc://127.0.0.1:{settings.grpc_port}", "protocol": "kserve", "token": key},
         }
@@ -138,15 +139,26 @@ def test_a_picture_too_large_for_the_server_is_refused_alone(ways, pictures, way
 
 
 @pytest.mark.parametrize("way", ["rest", "grpc"])
-def test_a_full_queue_is_waited_for(ways, pictures, way, monkeypatch):
+def test_a_full_queue_is_waited_for(ways, shapes_server, pictures, way, monkeypatch):
     """TorchServe's queue holds 100 requests; it says 503 to more, over gRPC INTERNAL."""
-    tried = []
+    processes = psutil.Process(shapes_server.pid).children(recursive=True)
+    workers = [process for process in processes if "model_service_worker" in " ".join(process.cmdline())]
+    refused = threading.Event()
     jitter = retry.random.uniform
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: tried.append(high) or jitter(low, high))
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: refused.set() or jitter(low, high))
+
+    def let_go() -> None:
+        refused.wait(60)
+        for worker in workers:
+            worker.resume()
+
+    for worker in workers:
+        worker.suspend()  # the fastest machine has a full queue then
+    threading.Thread(target=let_go).start()
     with Client(model="shapes", **ways[way], concurrency=140, retries=20, timeout=120) as client:
         answers = list(client.predict_many([pictures[2]] * 140))  # the quickest one
     assert {answer.error for answer in answers} == {None}
-    assert tried
+    assert refused.is_set()
 
 
 @pytest.mark.parametrize("way", WAYS)
