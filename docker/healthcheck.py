@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-KEY_FILE = Path("/tmp/torchserve/key_file.json")  # noqa: S108  (serve.py makes the folder, for its user alone)
+KEY_FILE = Path("/tmp/torchserve/key_file.json")  # noqa: S108  # serve.py makes the folder, for its user alone
 TIMEOUT_S = 25
 
 

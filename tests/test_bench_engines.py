@@ -11,6 +11,7 @@ from PIL import Image
 
 from handlers.errors import BadArchive
 from handlers.settings import Runtime
+from tools.archive.build import Built
 from tools.archive.recipe import Recipe, load_recipe
 from tools.bench import engines
 from tools.bench.engine import Engine, bare_loop
@@ -26,7 +27,8 @@ def recipe(repository: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def archive(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_variant(variant(recipe, Runtime()), tmp_path_factory.mktemp("engines") / "torch.mar", None, None)
+    path = tmp_path_factory.mktemp("engines") / "torch.mar"
+    return build_variant(variant(recipe, Runtime()), path, None, None).path
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +91,13 @@ def test_side_by_side(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Both engines are the one archive here; a third cannot be built."""
+    """Both engines are the one archive here, the second of them out of bounds; a third cannot be built."""
 
-    def build(recipe: Recipe, output: Path, weights: Path | None, calibration: Path | None) -> Path:
+    def build(recipe: Recipe, *_: object, even_beyond: bool) -> Built:
+        assert even_beyond
         if recipe.runtime.backend == "onnx":
             raise ToolError("onnxruntime is not installed")
-        return archive
+        return Built(archive, 1, [], [], "a box is elsewhere" if recipe.runtime.precision == "bf16" else None)
 
     monkeypatch.setattr(engines, "build_variant", build)
     picture = tmp_path / "a.jpg"
@@ -108,16 +111,23 @@ def test_side_by_side(
     ratio = first["figures"]["network_median"] / second["figures"]["network_median"]
     assert second["network_ratio"] == pytest.approx(ratio, abs=0.001)
     assert third["figures"] is None and third["missing"] == "onnxruntime is not installed"
+    assert (first["beyond"], second["beyond"]) == (None, "a box is elsewhere")
     shown = capsys.readouterr().out
     assert "320x320, JPEG of 256x256" in shown
-    assert "onnx fp32   not there: onnxruntime is not installed" in shown
+    lines = shown.splitlines()
+    assert lines[-4].split()[:3] == ["torch", "fp32", f"{first['figures']['network_median']:.1f}"]
+    assert lines[-3].split()[:3] == ["torch", "bf16", f"{second['figures']['network_median']:.1f}"]
+    assert lines[-2:] == [
+        "  out of bounds  a box is elsewhere",
+        "onnx fp32        not there: onnxruntime is not installed",
+    ]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_engine_at_all_is_a_failure(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def build(*_: object) -> Path:
+    def build(*_: object, **__: object) -> Built:
         raise ToolError("it cannot be had")
 
     monkeypatch.setattr(engines, "build_variant", build)

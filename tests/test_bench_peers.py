@@ -16,6 +16,7 @@ from torchvision.ops import batched_nms
 
 from handlers.labels import load_labels
 from handlers.settings import Runtime
+from tools.archive.build import Built
 from tools.archive.recipe import Recipe, load_recipe
 from tools.bench.engines import build_variant, variant
 from tools.bench.load import Load
@@ -129,6 +130,7 @@ def test_rounds_go_by_turns_and_who_fails_is_out(
     assert [len(rows[name]["rounds"]) for name in (STOCK, "fastapi", "mosec")] == [3, 1, 0]
     error = capsys.readouterr().err
     assert "fastapi: it died" in error and "litserve ended" in error and "mosec: picture 1 gets another answer" in error
+    assert "starting: 0 of 4 servers" in error and "load: 0 of 6 turns" in error
 
 
 def test_a_recipe_of_another_network_is_refused(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,11 +139,13 @@ def test_a_recipe_of_another_network_is_refused(repository: Path, capsys: pytest
     assert "the peers are written for yolov5" in capsys.readouterr().err
 
 
-def test_what_is_not_installed_is_a_row(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(changed: Recipe, output: Path, *_: Any) -> Path:
+def test_what_is_not_installed_is_a_row(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(changed: Recipe, output: Path, *_: Any) -> Built:
         if changed.runtime.precision == "int8":
             raise ToolError("runtime.precision is int8, give pictures")
-        return output
+        return Built(output, 1, [], [])
 
     monkeypatch.setattr(compare, "build_variant", build)
     monkeypatch.setattr(compare, "write_network", lambda *_: None)
@@ -151,6 +155,7 @@ def test_what_is_not_installed_is_a_row(recipe: Recipe, tmp_path: Path, monkeypa
     assert found[:4] == [STOCK, STOCK_THREADS, "fastapi", "litserve"]
     assert missing["mosec"] == "mosec is not installed; pip install 'marina[bench]'"
     assert sum("int8" in name for name in missing) == 2 and not any("int8" in name for name in found)
+    assert "building: 0 of 8 archives" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +169,8 @@ def network(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if find_spec(package) is None:
             pytest.skip(f"{package.upper()} MISSING: no peer is tested")
     folder = tmp_path_factory.mktemp("peers")
-    write_network(build_variant(variant(recipe, Runtime()), folder / "torch.mar", None, None), folder / "network.onnx")
+    archive = build_variant(variant(recipe, Runtime()), folder / "torch.mar", None, None).path
+    write_network(archive, folder / "network.onnx")
     return folder / "network.onnx"
 
 

@@ -80,11 +80,11 @@ def in_the_state_of_a_layer(bomb: Command, protocol: int) -> bytes:
 
     Model.__module__, Model.__qualname__ = "models.yolo", "Model"
     package, module = types.ModuleType("models"), types.ModuleType("models.yolo")
-    module.Model = Model  # type: ignore[attr-defined]
+    module.Model = Model
     sys.modules |= {"models": package, "models.yolo": module}
     try:
         model = Model()
-        model.yaml = {"anchors": [bomb]}  # type: ignore[attr-defined]
+        model.yaml = {"anchors": [bomb]}
         return pickle.dumps({"model": model}, protocol)
     finally:
         del sys.modules["models"], sys.modules["models.yolo"]

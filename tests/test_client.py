@@ -69,7 +69,7 @@ class Server:
                 self.wfile.write(text)
 
             def finish(self) -> None:
-                if not self.connection._closed:  # type: ignore[attr-defined]
+                if not self.connection._closed:
                     super().finish()
 
             def log_message(self, format: str, *args: object) -> None:
@@ -445,7 +445,7 @@ def test_an_interrupt_ends_the_requests_and_the_client_can_be_closed(serve):
     with Client(server.url, "dogs", concurrency=1) as client:
         answers = client.predict_many([b"x", b"hold", *[b"x"] * 100])
         next(answers)
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the interrupt may come no earlier
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012  # the interrupt may come no earlier
             first_taken.set()
             next(answers)
         interrupted.set()

@@ -29,7 +29,7 @@ class TorchServe(inference_pb2_grpc.InferenceAPIsServiceServicer):
     def __init__(self, says: Says):
         self._says = says
 
-    def Predictions(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+    def Predictions(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802  # as the protocol names it
         return inference_pb2.PredictionResponse(prediction=json.dumps(self._says(request, context)).encode())
 
 
@@ -37,7 +37,7 @@ class Gateway(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, says: Says):
         self._says = says
 
-    def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+    def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802  # as the protocol names it
         return self._says(request, context)
 
 
@@ -209,6 +209,7 @@ def test_kserve_sends_the_picture_as_raw_bytes_and_reads_the_tensors(serve):
 
     got = ask(serve(says), "kserve", version="1.0", options={"score_threshold": 0.5})
     assert (got.model, got.version, got.width, got.height, got.detections) == ("dogs", "1.0", 4000, 50, (DETECTION,))
+    assert got.timing_ms == {}
     (request,) = seen
     (given,) = request.inputs
     assert (given.name, given.datatype, list(given.shape), request.model_version) == ("pictures", "BYTES", [1], "1.0")
@@ -220,6 +221,22 @@ def test_a_picture_larger_than_the_gateway_takes_is_refused_alone(serve):
     with pytest.raises(ServerRefused, match="too large") as caught:
         ask(serve(lambda request, context: tensors(request)), "kserve", b"x" * (2 << 20))
     assert caught.value.of_picture
+
+
+def test_the_times_of_the_stages_come_with_the_answer(serve):
+    told = open_inference_pb2.InferParameter(string_param='[{"decode": 1.5, "network": 20.25}]')
+
+    def says(request: Any, context: grpc.ServicerContext) -> Any:
+        answer = tensors(request)
+        answer.parameters["timing_ms"].CopyFrom(told)
+        return answer
+
+    url = serve(says)
+    assert ask(url, "kserve").timing_ms == {"decode": 1.5, "network": 20.25}
+    for wrong in ("[]", "no JSON", "7", "[7]"):
+        told.string_param = wrong
+        with pytest.raises(ServerFailed, match="does not answer as Marina's gateway"):
+            ask(url, "kserve")
 
 
 @pytest.mark.parametrize("broken", ["boxes", "sizes", "labels"])
@@ -243,4 +260,4 @@ def test_a_server_that_is_not_there(serve):
 @pytest.mark.parametrize("url", ["127.0.0.1:7070", "ftp://host:1", "grpc://", "grpc://host:1/path"])
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(ToolError, match="give one such as grpc://"):
-        open_channel(url)
+        open_channel(url, None)

@@ -52,7 +52,7 @@ def result(
 
 
 def film(name: str = "clip.mp4") -> Film:
-    return Film(name, Fraction(5), None, None)  # type: ignore[arg-type]
+    return Film(name, Fraction(5), None, None)
 
 
 def files(folder: Path) -> list[str]:

@@ -1,13 +1,18 @@
 """The files of the serving image, as far as they can be checked without building it."""
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from handlers.settings import ANSWER_VARIABLE
+from tools.serve import process
 
 DOCKER = Path(__file__).resolve().parent.parent / "docker"
 LOCKS = ["requirements.lock", "installer.lock"]
@@ -37,6 +42,36 @@ def serve(store: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
     )
+
+
+@pytest.fixture
+def serve_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docker_serve", DOCKER / "serve.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_tensors_rows_fit_into_an_answer(
+    serve_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `marina serve` sets it: 25200 rows of 85 numbers, for 640x640 and COCO's classes."""
+    started: list[list[str]] = []
+    (tmp_path / "a.mar").touch()
+    environment = {**os.environ, "MODEL_STORE": str(tmp_path)}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(serve_module.os, "environ", environment)
+    monkeypatch.setattr(serve_module.os, "execv", lambda path, command: started.append(command))
+    monkeypatch.setattr(serve_module, "RUNTIME", tmp_path / "runtime")
+    serve_module.main()
+    limit = int(properties()["max_response_size"])
+    assert started and int(environment[ANSWER_VARIABLE]) > 25200 * 85 * 4
+    assert environment[ANSWER_VARIABLE] == process.environment(tmp_path, limit)[ANSWER_VARIABLE]
+
+
+def test_properties_without_a_limit_leave_the_handlers_theirs(serve_module: ModuleType) -> None:
+    assert serve_module.answer_limit("max_request_size=1\n#max_response_size=2\n") == {}
 
 
 def test_dockerfile_passes_hadolint() -> None:

@@ -33,7 +33,7 @@ from tools.cli import main
 from tools.doctor.checks import check_target
 from tools.errors import ToolError
 from tools.export.network import export_network
-from tools.export.parity import BOUNDS, Report, check, compare
+from tools.export.parity import BOUNDS, Report, beyond, compare
 from tools.export.quantise import behind_convolutions
 
 MISSING = "ENGINE MISSING: {} is not installed, so nothing of it is checked"
@@ -135,6 +135,8 @@ def test_a_torch_archive_in_bf16_is_compared_too(recipe_folder: Path, tmp_path: 
         build_archive(tight, tmp_path / "b.mar")
     assert_one_line(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mar", "recipe"]
+    assert build_archive(tight, tmp_path / "b.mar", even_beyond=True).beyond == str(caught.value)
+    assert built.beyond is None
     plain = build_archive(recipe(recipe_folder, runtime={}, parity={}), tmp_path / "c.mar").path
     assert "runtime.precision: fp32 -> bf16" in diff_archives(plain, built.path)
 
@@ -222,7 +224,7 @@ def test_faster_rcnn_answers_as_in_torch(settings: Settings, backend: str, tmp_p
         (str(seed), encode(scene(height, width, seed))) for seed, (height, width) in enumerate([(120, 160), (150, 90)])
     ]
     report = Report(compare(expected, other, pictures, 2, BOUNDS["fp32"]), None)
-    check(report, BOUNDS["fp32"])
+    assert beyond(report, BOUNDS["fp32"]) is None
     assert report.detections > 20
     batch = [encode(scene(120, 160, seed)) for seed in (3, 4, 5)]
     together = other.detect(batch, other.defaults)
@@ -270,7 +272,8 @@ def test_a_bare_network_comes_with_what_one_must_know(
     needs("onnx", "onnxruntime")
     arguments = ["export", str(repository / "archives/shapes"), "--backend", "onnx", "--output", str(tmp_path / "out")]
     assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: model.onnx, network.json, ")
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{tmp_path / 'out'}: model.onnx, network.json, ") and "untested" not in told.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "network.json"]
     described = json.loads((tmp_path / "out/network.json").read_text())
     assert described["inputs"] == ["images", "score_threshold"]
@@ -285,6 +288,19 @@ def test_a_bare_network_comes_with_what_one_must_know(
     each = 3 * (8 * 12 + 4 * 6 + 2 * 3)
     assert rows.shape == (2 * each, 5 + len(described["labels"]))
     assert np.bincount(pictures).tolist() == [each, each]
+
+
+def test_an_engine_that_was_never_run_is_said_to_be_untested(
+    repository: Path, recipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs("onnx")
+    flags = ["--backend", "tensorrt", "--output", str(tmp_path / "out")]
+    assert main(["export", str(repository / "archives/shapes"), *flags]) == 0
+    assert capsys.readouterr().err.startswith("untested: Marina's makers have not run tensorrt on real hardware;")
+    path = recipe(recipe_folder, runtime={"backend": "tensorrt"}, serving={"device": "cpu"}).path
+    assert main(["archive", "build", str(path), "--output", str(tmp_path / "a.mar")]) == 1
+    untested, refusal = capsys.readouterr().err.splitlines()
+    assert untested.startswith("untested: ") and "serving.device is cpu" in refusal
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,15 @@ def test_videos_may_be_larger(app: FastAPI) -> None:
     assert post(door(app), "/videos/x", b"x" * 5001).status_code == 413
 
 
+def test_clients_of_kserve_v2_are_refused_in_its_form(app: FastAPI) -> None:
+    for answer in (
+        post(door(app), "/v2/models/x/infer", b"x" * 1001),
+        post(door(app), "/v2/models/x/infer", chunks(100, 100)),
+        post(door(FastAPI()), "/v2/nothing", b""),
+    ):
+        assert list(answer.json()) == ["error"] and isinstance(answer.json()["error"], str)
+
+
 def test_a_body_that_stops_is_cut_with_408(app: FastAPI) -> None:
     async def stalls() -> AsyncIterator[bytes]:
         yield b"x"

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tools.gateway.errors import GatewayError
+from tools.gateway.kserve import codec
 from tools.gateway.kserve.codec import (
     MAX_PICTURES,
     InferAnswer,
@@ -114,6 +115,23 @@ def test_tritonclient_reads_what_rest_writes(binary: bool):
     assert (response["model_name"], response["model_version"], response["id"]) == ("m", "1.0", "seven")
 
 
+@pytest.mark.parametrize("piece", [1, 7, 120, 1000])
+def test_many_numbers_are_written_piece_by_piece(piece: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(codec, "PIECE", piece)
+    outputs = [Tensor("x", "FP32", IMAGES.shape, IMAGES.tobytes()), Tensor("none", "FP32", (0,), b"")]
+
+    body, _ = write_rest(InferAnswer("m", "1", "", outputs), InferRequest([]))
+
+    assert [output["data"] for output in json.loads(body)["outputs"]] == [IMAGES.ravel().tolist(), []]
+
+
+def test_parameters_of_an_answer_go_both_ways():
+    answer = InferAnswer("m", "1", "", [], {"timing_ms": '[{"network": 7.5}]'})
+
+    assert json.loads(write_rest(answer, InferRequest([]))[0])["parameters"] == {"timing_ms": '[{"network": 7.5}]'}
+    assert write_grpc(answer).parameters["timing_ms"].string_param == '[{"network": 7.5}]'
+
+
 def test_outputs_are_written_as_each_was_asked_for():
     outputs = [Tensor(name, "FP32", (1,), np.float32(7).tobytes()) for name in "ab"]
 
@@ -122,7 +140,7 @@ def test_outputs_are_written_as_each_was_asked_for():
     head = json.loads(body[:size])
     assert head["outputs"][0]["parameters"] == {"binary_data_size": 4} and head["outputs"][1]["data"] == [7.0]
     assert body[size:] == np.float32(7).tobytes()
-    assert "id" not in head
+    assert "id" not in head and "parameters" not in head
 
 
 @pytest.mark.parametrize("size", ["-1", "x", "99999", "9" * 30, "²"])

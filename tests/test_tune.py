@@ -64,6 +64,11 @@ def run_search(
     return outcome, [each.setting for each in made]
 
 
+def test_the_first_trial_is_announced_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    run_search(Space([TORCH], cores=1, connections=1, gpu=False), trial)
+    assert "tuning, engines: 0 of 1 trials" in capsys.readouterr().err
+
+
 def test_stages_start_from_the_best_so_far() -> None:
     rates = {TORCH: 10.0, BF16: 20.0, ONNX: 30.0}
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -131,9 +132,9 @@ class GatewayProcess:
             self.process = None
 
 
-def until(condition: object, what: str, limit_s: float = 120) -> None:
-    """Waits for `condition`, a function, to be true."""
+def until(condition: Callable[[], object], what: str, limit_s: float = 120) -> None:
+    """Waits for `condition` to be true."""
     deadline = time.monotonic() + limit_s
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, f"not reached in {limit_s} s: {what}"
         time.sleep(0.05)

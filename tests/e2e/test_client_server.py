@@ -77,7 +77,9 @@ def test_all_ways_in_give_the_same_detections(ways, pictures):
     answers = {}
     for way, how in ways.items():
         with Client(model="shapes", **how, options={"score_threshold": 0.05}) as client:
-            answers[way] = [replace(answer, timing_ms={}) for answer in client.predict_many(pictures)]
+            timed = list(client.predict_many(pictures))
+        assert all(answer.timing_ms.keys() == timed[0].timing_ms.keys() != set() for answer in timed), way
+        answers[way] = [replace(answer, timing_ms={}) for answer in timed]
     assert all(answer.detections for answer in answers["rest"])
     assert [(answer.width, answer.height) for answer in answers["rest"]] == list(SIZES)
     for way in WAYS:

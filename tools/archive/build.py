@@ -52,12 +52,14 @@ SCORE_DIGITS = 3
 
 @dataclass(frozen=True)
 class Built:
-    """path: the archive. size: its bytes. answers: what it finds on its golden pictures. notes: for a person."""
+    """path: the archive. size: its bytes. answers: what it finds on its golden pictures. notes: for a person. beyond:
+    how its answers are out of the bounds of parity, where it was built all the same."""
 
     path: Path
     size: int
     answers: list[dict[str, Any]]
     notes: list[str]
+    beyond: str | None = None
 
 
 def build_archive(
@@ -66,15 +68,16 @@ def build_archive(
     weights: Path | None = None,
     process: CleanProcess | None = None,
     calibration: Path | None = None,
+    even_beyond: bool = False,
 ) -> Built:
     """Build and verify the archive of a recipe; `output` is replaced at the very end, or not touched at all.
 
     weights: the file to take instead of the recipe's. process: one that was started before, to save time. calibration:
-    a folder of pictures or a data set, for what is not torch in fp32. Raises BadSettings, BadArchive or ToolError with
-    one line.
+    a folder of pictures or a data set, for what is not torch in fp32. even_beyond: build one, too, that does not answer
+    as torch does, to measure it. Raises BadSettings, BadArchive or ToolError with one line.
     """
     try:
-        return _build(recipe, output, weights, process, calibration)
+        return _build(recipe, output, weights, process, calibration, even_beyond)
     except OSError as error:
         raise ToolError(
             f"{error.filename or output}: {error.strerror or error}; write the archive elsewhere with --output, or set"
@@ -83,7 +86,12 @@ def build_archive(
 
 
 def _build(
-    recipe: Recipe, output: Path, weights: Path | None, process: CleanProcess | None, calibration: Path | None
+    recipe: Recipe,
+    output: Path,
+    weights: Path | None,
+    process: CleanProcess | None,
+    calibration: Path | None,
+    even_beyond: bool,
 ) -> Built:
     labels = check_recipe(recipe)
     samples = read_calibration(calibration, recipe.runtime)
@@ -100,9 +108,7 @@ def _build(
         open_checkpoint(source) as checkpoint,
     ):
         folder, draft = Path(scratch), Path(beside) / output.name
-        for name, code in modules.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(code)
+        _write(folder, modules)
         with process or CleanProcess() as process:
             process.import_code(folder)
             notes = check_weights(recipe, checkpoint, labels)
@@ -119,8 +125,11 @@ def _build(
                 check_digests(archive, digests)
             checked = set(digests)
             provenance = _provenance(recipe, source, checkpoint, samples)
+            beyond: str | None = None
             if pair:
-                report = _compare(recipe, pair, folder, config, samples)
+                report, beyond = _compare(recipe, pair, folder, config, samples)
+                if beyond and not even_beyond:
+                    raise ToolError(beyond)
                 notes.append(report.line())
                 provenance["parity"] = report.document()
             dry = process.result()
@@ -133,7 +142,13 @@ def _build(
             writer.add(PROVENANCE, _json(provenance))
         check_entries(draft, checked)
         draft.replace(output)
-    return Built(output, output.stat().st_size, dry.answers, notes)
+    return Built(output, output.stat().st_size, dry.answers, notes, beyond)
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def _pair(recipe: Recipe, checkpoint: Checkpoint, samples: Calibration, folder: Path) -> "Pair | None":
@@ -147,16 +162,17 @@ def _pair(recipe: Recipe, checkpoint: Checkpoint, samples: Calibration, folder: 
     return make_pair(settings, golden_parts(recipe, settings) | label_parts(recipe), checkpoint, samples, folder)
 
 
-def _compare(recipe: Recipe, pair: "Pair", folder: Path, config: dict[str, Any], samples: Calibration) -> "Report":
-    """The extracted archive against torch in fp32. Raises ToolError when it is out of bounds."""
+def _compare(
+    recipe: Recipe, pair: "Pair", folder: Path, config: dict[str, Any], samples: Calibration
+) -> tuple["Report", str | None]:
+    """The extracted archive against torch in fp32, and how it is out of bounds, where it is."""
     from handlers.pipeline import Pipeline
     from tools.export import parity
 
     other = Pipeline.load(folder, config)
     bounds = parity.bounds_of(recipe.runtime.precision, recipe.parity)
     report = parity.prove(pair.reference, other, folder, samples, bounds)
-    parity.check(report, bounds)
-    return report
+    return report, parity.beyond(report, bounds)
 
 
 def check_recipe(recipe: Recipe) -> list[str]:

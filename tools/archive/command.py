@@ -46,8 +46,10 @@ def _build(args: argparse.Namespace) -> int:
     with CleanProcess() as process:
         from tools.archive.build import build_archive
         from tools.archive.recipe import load_recipe
+        from tools.export.support import warn_untested
 
         recipe = load_recipe(args.recipe)
+        warn_untested(recipe.runtime)
         output = args.output or DEFAULT_STORE / f"{recipe.name}.mar"
         built = build_archive(recipe, output, args.weights, process, args.calibration)
     for note in built.notes:

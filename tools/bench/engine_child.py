@@ -49,7 +49,7 @@ class Timed:
         self.pictures = pictures
         self._seen: tuple[Any, ...] = ()
         self._candidates = self.pipeline.network.candidates
-        self.pipeline.network.candidates = self._remember  # type: ignore[assignment, method-assign]
+        self.pipeline.network.candidates = self._remember  # type: ignore[assignment, method-assign]  # in this process alone
 
     def _remember(self, *arguments: Any) -> Any:
         self._seen = arguments

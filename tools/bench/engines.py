@@ -11,7 +11,7 @@ from typing import Any
 
 from handlers.errors import MarinaError
 from handlers.settings import PRECISIONS, Preprocess, Runtime
-from tools.archive.build import build_archive
+from tools.archive.build import Built, build_archive
 from tools.archive.reader import open_archive
 from tools.archive.recipe import Recipe, load_recipe
 from tools.bench.engine import Engine
@@ -42,13 +42,15 @@ class Figures:
 @dataclass(frozen=True)
 class EngineRow:
     """figures: None where the engine cannot be had, `missing` says why. The ratios: how many times as fast as torch in
-    fp32; None where that was not measured."""
+    fp32; None where that was not measured. beyond: how its answers are out of the bounds of parity, None where they are
+    within, so that `archive build` would make it."""
 
     engine: str
     figures: Figures | None
     network_ratio: float | None = None
     request_ratio: float | None = None
     missing: str | None = None
+    beyond: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class EnginesReport:
             f"{self.runs} runs in {ROUNDS} rounds by turns, {self.threads} thread(s) on as many cores",
             "",
         ]
-        return "\n".join(lines + table(header, [_cells(row) for row in self.rows]))
+        return "\n".join(lines + table(header, [cells for row in self.rows for cells in _lines(row)]))
 
     @property
     def chart_title(self) -> str:
@@ -76,6 +78,10 @@ class EnginesReport:
     def as_bars(self) -> dict[str, float]:
         """For a chart: names and milliseconds of a request."""
         return {row.engine: row.figures.request_median for row in self.rows if row.figures}
+
+
+def _lines(row: EngineRow) -> list[list[str]]:
+    return [_cells(row), *([["  out of bounds", row.beyond]] if row.beyond else [])]
 
 
 def _cells(row: EngineRow) -> list[str]:
@@ -112,7 +118,7 @@ def runtimes(backends: Sequence[str], gpu: bool) -> Iterator[Runtime]:
             yield Runtime(backend, precision)  # type: ignore[arg-type]  # both are of the table
             if backend == "openvino":
                 # The one engine that gains by knowing the shape.
-                yield Runtime(backend, precision, "fixed")  # type: ignore[arg-type]
+                yield Runtime(backend, precision, "fixed")  # type: ignore[arg-type]  # as above
 
 
 def variant(recipe: Recipe, runtime: Runtime, shape: str = "square", **changes: Any) -> Recipe:
@@ -122,11 +128,14 @@ def variant(recipe: Recipe, runtime: Runtime, shape: str = "square", **changes: 
     return recipe.model_copy(update={"runtime": runtime, "preprocess": preprocess, "golden": golden, **changes})
 
 
-def build_variant(recipe: Recipe, output: Path, weights: Path | None, calibration: Path | None) -> Path:
-    """calibration: counts for int8 alone. Raises MarinaError with one line where this recipe cannot be built."""
+def build_variant(
+    recipe: Recipe, output: Path, weights: Path | None, calibration: Path | None, even_beyond: bool = False
+) -> Built:
+    """calibration: counts for int8 alone. even_beyond: see `build_archive`. Raises MarinaError with one line where this
+    recipe cannot be built."""
     pictures = calibration if recipe.runtime.precision == "int8" else None
     try:
-        return build_archive(recipe, output, weights, calibration=pictures).path
+        return build_archive(recipe, output, weights, calibration=pictures, even_beyond=even_beyond)
     except ModuleNotFoundError as error:
         raise ToolError(f"{error.name} is not installed") from error
 
@@ -154,24 +163,25 @@ def bench_engines(
     if len(cores) < threads:
         raise ToolError(f"--threads is {threads}, but only {len(cores)} cores may be used")
     missing: dict[str, str] = {}
+    beyond: dict[str, str | None] = {}
     engines: dict[str, Engine] = {}
     body = given_pictures([image])[0] if image else None
     with tempfile.TemporaryDirectory(prefix="marina-") as folder, ExitStack() as stack:
         with Progress("engines", len(names), unit="engines") as progress:
             for name, runtime in zip(names, tried, strict=True):
                 try:
-                    archive = build_variant(
-                        variant(recipe, runtime), Path(folder) / f"{name}.mar", weights, calibration
-                    )
-                    body = body or _golden(archive)
-                    engines[name] = stack.enter_context(Engine(archive, [body], 1, cores))
+                    archive = Path(folder) / f"{name}.mar"
+                    built = build_variant(variant(recipe, runtime), archive, weights, calibration, even_beyond=True)
+                    body = body or _golden(built.path)
+                    engines[name] = stack.enter_context(Engine(built.path, [body], 1, cores))
+                    beyond[name] = built.beyond
                 except MarinaError as error:
                     missing[name] = str(error)
                 progress.advance()
         if body is None or not engines:
             raise ToolError(f"no engine can run {path}; the first, {names[0]}: {missing[names[0]]}")
         figures = _measure(engines, runs)
-    rows = [_row(name, figures, missing) for name in names]
+    rows = [_row(name, figures, missing.get(name), beyond.get(name)) for name in names]
     return EnginesReport(recipe.name, described(body), recipe.preprocess.size, runs, threads, rows)
 
 
@@ -205,11 +215,11 @@ def _summary(samples: list[float]) -> tuple[float, float]:
     return round(statistics.median(ordered), 3), round(ordered[len(ordered) * 9 // 10], 3)
 
 
-def _row(name: str, figures: dict[str, Figures], missing: dict[str, str]) -> EngineRow:
-    if name in missing:
-        return EngineRow(name, None, missing=missing[name])
+def _row(name: str, figures: dict[str, Figures], missing: str | None, beyond: str | None) -> EngineRow:
+    if missing:
+        return EngineRow(name, None, missing=missing)
     own, base = figures[name], figures.get(name_of(FIRST))
     if base is None:
-        return EngineRow(name, own)
+        return EngineRow(name, own, beyond=beyond)
     network, request = base.network_median / own.network_median, base.request_median / own.request_median
-    return EngineRow(name, own, round(network, 3), round(request, 3))
+    return EngineRow(name, own, round(network, 3), round(request, 3), beyond=beyond)

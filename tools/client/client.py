@@ -18,7 +18,7 @@ from tools.client.answer import Answer
 from tools.client.errors import ServerRefused
 from tools.client.retry import attempt
 from tools.client.sources import Given, Shot, Shots, Unreadable, find_sources, one_shot
-from tools.client.transports import Transport
+from tools.client.transports import Transport, read_authority
 from tools.errors import ToolError
 
 Protocol = Literal["rest", "grpc", "kserve"]
@@ -54,7 +54,8 @@ class AsyncClient:
     url: http(s)://HOST:PORT for rest and for kserve, grpc(s)://HOST:PORT for grpc and for kserve over gRPC. timeout:
     seconds for an answer, all attempts included. retries: further attempts at a server that is busy or cannot be
     reached. concurrency: requests under way at most. options: those of every request, such as
-    {"score_threshold": 0.4, "classes": "dog,cat"}.
+    {"score_threshold": 0.4, "classes": "dog,cat"}. ca: the file of a private authority that signed the server's
+    certificate.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class AsyncClient:
         retries: int = RETRIES,
         concurrency: int = CONCURRENCY,
         options: Mapping[str, Any] | None = None,
+        ca: Path | None = None,
     ):
         if concurrency < 1 or retries < 0 or timeout <= 0:
             raise ToolError(
@@ -80,7 +82,10 @@ class AsyncClient:
         self._options = {name: _text(value) for name, value in (options or {}).items()}
         if "format" in self._options:
             raise ToolError("option format cannot be given: the client reads one format alone, and writes others")
-        self._transport = _transport(protocol, url, model, version, token, concurrency)
+        if ca is not None and not url.startswith(("https://", "grpcs://")):
+            raise ToolError(f"--ca goes with https:// or grpcs://, but the server is {url}")
+        authority = read_authority(ca) if ca is not None else None
+        self._transport = _transport(protocol, url, model, version, token, authority, concurrency)
 
     async def __aenter__(self) -> Self:
         return self
@@ -241,20 +246,26 @@ async def _opened(url: str, model: str, settings: Mapping[str, Any]) -> AsyncCli
 
 
 def _transport(
-    protocol: Protocol, url: str, model: str, version: str | None, token: str | None, connections: int
+    protocol: Protocol,
+    url: str,
+    model: str,
+    version: str | None,
+    token: str | None,
+    authority: str | None,
+    connections: int,
 ) -> Transport:
     # gRPC is not needed to ask by REST, nor is it always installed.
     if protocol == "rest":
         from tools.client.transports.rest import RestTransport
 
-        return RestTransport(url, model, version, token, connections)
+        return RestTransport(url, model, version, token, authority, connections)
     if protocol == "grpc":
         from tools.client.transports.torchserve_grpc import TorchServeGrpcTransport
 
-        return TorchServeGrpcTransport(url, model, version, token)
+        return TorchServeGrpcTransport(url, model, version, token, authority)
     from tools.client.transports.kserve import kserve_transport
 
-    return kserve_transport(url, model, version, token, connections)
+    return kserve_transport(url, model, version, token, authority, connections)
 
 
 def _text(value: Any) -> str:

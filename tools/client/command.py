@@ -23,6 +23,7 @@ class PredictSettings(Strict):
         "rest", description="TorchServe's REST or gRPC interface, or KServe v2 of Marina's gateway"
     )
     token_file: Path | None = Field(None, description="holds the token, where the server wants one")
+    ca: Path | None = Field(None, description="PEM of the authority behind the server's certificate, if a private one")
     timeout: float = Field(30.0, gt=0, description="seconds for an answer, all attempts included")
     retries: int = Field(3, ge=0, description="further attempts at a server that is busy or not there")
     concurrency: int = Field(4, ge=1, description="requests under way at most")
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             retries=settings.retries,
             concurrency=settings.concurrency,
             options=_options(settings),
+            ca=settings.ca,
         ) as client,
         Progress("predict", total, "pictures") as progress,
     ):

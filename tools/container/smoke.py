@@ -18,7 +18,7 @@ from tools.smoke.checks import smoke as check_answers
 
 CONTEXT = Path(__file__).resolve().parent.parent.parent / "docker"
 CERTIFICATES = Path(os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"))
-KEY_FILE = "/tmp/torchserve/key_file.json"  # noqa: S108  a path inside the container
+KEY_FILE = "/tmp/torchserve/key_file.json"  # noqa: S108  # a path inside the container
 GRACE_S = 30
 
 
@@ -77,10 +77,10 @@ class Container:
 @contextlib.contextmanager
 def run_image(engine: Engine, tag: str, store: Path) -> Iterator[Container]:
     """A container of the image as strict platforms run it: any user id, nothing writable but /tmp, no capability."""
-    user = random.randint(100_000, 999_999)  # noqa: S311
+    user = random.randint(100_000, 999_999)  # noqa: S311  # no secret
     identifier = engine.run(
         *("run", "--detach", "--publish", "127.0.0.1::8080", "--volume", f"{store.resolve()}:/models:ro"),
-        *("--user", str(user), "--read-only", "--tmpfs", "/tmp", "--cap-drop=ALL"),  # noqa: S108
+        *("--user", str(user), "--read-only", "--tmpfs", "/tmp", "--cap-drop=ALL"),  # noqa: S108  # inside the container
         *("--security-opt", "no-new-privileges", "--memory", "3g", "--pids-limit", "300", "--health-interval", "2s"),
         tag,
     ).split()[-1]

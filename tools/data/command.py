@@ -19,7 +19,7 @@ class _LateParser(argparse.ArgumentParser):
 
     module = ""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]  # one overload of three: argparse calls no other
         import_module(self.module).add_arguments(self)
         return super().parse_known_args(args, namespace)
 

@@ -81,7 +81,7 @@ def examine(store: Path, target: Path | None) -> Iterator[Finding]:
     yield check_pairing(_version("torch"), _version("torchvision"))
     yield check_torchserve(_version("torchserve"))
     yield from (check_port(port) for port in PORTS)
-    yield check_shared_memory(Path("/dev/shm"))  # noqa: S108
+    yield check_shared_memory(Path("/dev/shm"))  # noqa: S108  # looked at alone
     yield check_temporary()
     yield check_store(store)
     seen = look_at_imports()

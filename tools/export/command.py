@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tools.archive.recipe import load_recipe
     from tools.export.bare import write_network
+    from tools.export.support import warn_untested
 
     recipe = load_recipe(args.recipe)
     given = {key: getattr(args, key) for key in ("backend", "precision", "shape") if getattr(args, key)}
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadSettings(f"runtime: {error}") from error
     if runtime.backend == "torch":
         raise ToolError(f"recipe {recipe.path} runs in torch, which needs no export; name an engine with --backend")
+    warn_untested(runtime)
     recipe = recipe.model_copy(update={"runtime": runtime, "golden": []})
     written = write_network(recipe, args.weights, args.calibration, args.output)
     total = sum(path.stat().st_size for path in written)

@@ -184,32 +184,33 @@ def _map(pipeline: Pipeline, dataset: Dataset) -> float:
     return evaluate(PipelineSource(pipeline, pipeline.settings.name), dataset, ALL).ap.map50_95
 
 
-def check(report: Report, bounds: Bounds) -> None:
-    """Raises ToolError with the figure, its bound and the picture."""
+def beyond(report: Report, bounds: Bounds) -> str | None:
+    """The figure that is out of bounds, its bound and the picture, in one line; None when all are within."""
     if not report.differences:
-        return
+        return None
     box = min(report.differences, key=lambda each: each.iou)
     if box.iou < bounds.min_iou:
-        raise _beyond(f"a box of {box.picture} has IoU {box.iou:.4f}", "min_iou", bounds.min_iou)
+        return _beyond(f"a box of {box.picture} has IoU {box.iou:.4f}", "min_iou", bounds.min_iou)
     score = max(report.differences, key=lambda each: each.score)
     if score.score > bounds.max_score_difference:
         text = f"a score on {score.picture} differs by {score.score:.4f}"
-        raise _beyond(text, "max_score_difference", bounds.max_score_difference)
+        return _beyond(text, "max_score_difference", bounds.max_score_difference)
     hundreds = math.ceil(report.detections / 100)
     for name, bound in (("gained", bounds.max_gained), ("lost", bounds.max_lost)):
         total = getattr(report, name)
         if total > bound * max(1, hundreds):
             worst = max(report.differences, key=lambda each: getattr(each, name))
             text = f"{total} beside {report.detections} detections are {name}, most of them on {worst.picture}"
-            raise _beyond(text, f"max_{name}", bound)
+            return _beyond(text, f"max_{name}", bound)
     if report.map50_95 and report.map50_95[0] - report.map50_95[1] > bounds.max_map_drop:
         before, after = report.map50_95
         text = f"mAP50-95 goes from {before:.4f} to {after:.4f} on {len(report.differences)} pictures"
-        raise _beyond(text, "max_map_drop", bounds.max_map_drop)
+        return _beyond(text, "max_map_drop", bounds.max_map_drop)
+    return None
 
 
-def _beyond(what: str, name: str, bound: float) -> ToolError:
-    return ToolError(
+def _beyond(what: str, name: str, bound: float) -> str:
+    return (
         f"the archive does not answer as torch in fp32 does: {what}, and parity.{name} is {bound:g}; take another"
         " runtime, or allow more in the recipe"
     )

@@ -1,5 +1,7 @@
 """Which network can be exported to what; known without importing torch."""
 
+import sys
+
 from handlers.errors import BadSettings
 from handlers.settings import Preprocess, Runtime
 
@@ -11,6 +13,18 @@ FASTER_RCNN = (
 )
 EXPORTS = {"yolov5": ("onnx", "openvino", "aoti", "tensorrt")} | dict.fromkeys(FASTER_RCNN, ("onnx", "openvino"))
 ON_CPU = ("openvino", "aoti")
+# Never run by us on the hardware that it is for.
+UNTESTED = ("tensorrt",)
+
+
+def warn_untested(runtime: Runtime) -> None:
+    """A line on stderr for an engine that nobody here has run."""
+    if runtime.backend in UNTESTED:
+        print(
+            f"untested: Marina's makers have not run {runtime.backend} on real hardware; compare its answers with those"
+            " of torch before you rely on it",
+            file=sys.stderr,
+        )
 
 
 def check_runtime(definition: str, runtime: Runtime, preprocess: Preprocess, device: str) -> None:

@@ -2,12 +2,14 @@
 
 import argparse
 import logging
+import ssl
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from handlers.errors import MarinaError
 from tools.config import add_flags, settle
+from tools.errors import ToolError
 from tools.gateway.settings import Flags, Settings
 from tools.serve.command import is_loopback
 from tools.serve.process import bindable_port
@@ -34,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.new_key is not None:
         return _print_key(args.new_key)
     settings = read_settings(args)
+    _check_tls(settings)
     if settings.no_auth and not is_loopback(settings.host):
         _tell(f"WARNING: --no-auth on {settings.host}: everyone who can reach this machine can use the models")
     import uvicorn
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     port = bindable_port(settings.host, settings.port)
     if settings.grpc_port is not None:
         settings = settings.model_copy(update={"grpc_port": bindable_port(settings.host, settings.grpc_port)})
-        print(f"gRPC  {settings.host}:{settings.grpc_port}", flush=True)
+        print(f"gRPC  {settings.host}:{settings.grpc_port}" + ", TLS" * bool(settings.tls_key), flush=True)
     app = _Starting(create_app(settings))
     config = uvicorn.Config(
         app,
@@ -57,9 +60,11 @@ def run(args: argparse.Namespace) -> int:
         access_log=False,
         log_config=None,
         server_header=False,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
         timeout_graceful_shutdown=GRACE_S,
     )
-    print(f"http://{settings.host}:{port}/docs", flush=True)
+    print(f"{'https' if settings.tls_key else 'http'}://{settings.host}:{port}/docs", flush=True)
     try:
         uvicorn.Server(config).run()
     except SystemExit:
@@ -67,6 +72,22 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise app.failure from None
     return 0
+
+
+def _check_tls(settings: Settings) -> None:
+    """Raises ToolError for a certificate and key that do not fit, which uvicorn would tell by a stack trace."""
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return
+    try:
+        # The empty password, lest a key that has one be asked for on the terminal.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            settings.tls_certificate, settings.tls_key, password=""
+        )
+    except OSError as error:
+        raise ToolError(
+            f"tls_certificate {settings.tls_certificate} and tls_key {settings.tls_key} cannot be used together"
+            f" ({error.strerror or error}); give the two as PEM, the key without a password"
+        ) from error
 
 
 class _Starting:

@@ -1,4 +1,5 @@
-"""Every error that the gateway answers with, in TorchServe's form: `{"code", "type", "message"}`."""
+"""Every error that the gateway answers with: in TorchServe's form, `{"code", "type", "message"}`, or where a client of
+KServe v2 asks in the form of that, `{"error": "…"}`."""
 
 import math
 from collections.abc import Iterable
@@ -11,6 +12,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+
+# Where the paths of KServe v2 begin.
+KSERVE = "/v2"
 
 
 class Error(BaseModel):
@@ -43,12 +47,12 @@ class GatewayError(HTTPException):
     def message(self) -> str:
         return self.detail
 
-    @property
-    def content(self) -> dict[str, Any]:
-        return {"code": self.status, "type": self.type, "message": self.message}
-
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.content, self.status, self.headers)
+    def response(self, path: str) -> JSONResponse:
+        """path: of the request."""
+        content = {"code": self.status, "type": self.type, "message": self.message}
+        if path.startswith(f"{KSERVE}/"):
+            content = {"error": self.message}
+        return JSONResponse(content, self.status, self.headers)
 
 
 # What any call that needs a caller may be refused with.
@@ -83,7 +87,7 @@ def handle_errors(app: FastAPI) -> None:
             headers = error.headers
             error = GatewayError(error.status_code, kind, f"{request.method} {request.url.path[:200]}: {error.detail}")
             error.headers = headers
-        return error.response()
+        return error.response(request.url.path)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -93,6 +97,5 @@ def handle_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        return GatewayError(
-            422, "InvalidParameter", f"{where}: {first['msg']} (it is {first['input']!r:.80})"
-        ).response()
+        refusal = GatewayError(422, "InvalidParameter", f"{where}: {first['msg']} (it is {first['input']!r:.80})")
+        return refusal.response(request.url.path)

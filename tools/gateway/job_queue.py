@@ -28,6 +28,7 @@ from tools.checkpoint.safetensors_format import replacing
 from tools.errors import ToolError
 from tools.gateway.backend import Backend
 from tools.gateway.errors import GatewayError
+from tools.gateway.listing import page
 from tools.gateway.settings import Video
 from tools.video.frames import VideoFile
 from tools.video.overlay import Overlay
@@ -65,6 +66,13 @@ class Job(BaseModel):
     detections: int | None = None
     error: str | None = None
     damaged: str | None = None
+
+
+class Jobs(BaseModel):
+    """next: what to give as `after` for those that follow; none at the end."""
+
+    videos: list[Job]
+    next: str | None
 
 
 class Record(Job):
@@ -166,6 +174,12 @@ class JobQueue:
         if record is None or record.owner != owner or record.expired:
             raise GatewayError(404, "UnknownJob", f"you have no video {job[:40]!r}")
         return record
+
+    def page(self, owner: str, after: str, limit: int) -> Jobs:
+        """The owner's jobs, the oldest first, from behind the one called `after`."""
+        owned = [name for name, record in self._jobs.items() if record.owner == owner and not record.expired]
+        names, following = page(owned, after, limit)
+        return Jobs(videos=[self._jobs[name] for name in names], next=following)
 
     def result(self, job: str, owner: str, name: str) -> Path:
         """A file of a job that is done. Raises GatewayError: 404, and 409 for one that is not done."""

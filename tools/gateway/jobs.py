@@ -1,7 +1,6 @@
 """Videos in, annotated videos and their detections out, when they are ready."""
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -16,7 +15,8 @@ from handlers.options import ALLOWED
 from tools.errors import ToolError
 from tools.gateway.auth import Who
 from tools.gateway.errors import GatewayError, responses
-from tools.gateway.job_queue import DETECTIONS, RESULT, Job, JobQueue, Record
+from tools.gateway.job_queue import DETECTIONS, RESULT, Job, JobQueue, Jobs, Record
+from tools.gateway.listing import After, Limit, new_name
 from tools.gateway.services import Services
 from tools.video.frames import VideoFile
 
@@ -78,7 +78,8 @@ def router(services: Services) -> APIRouter:
             raise GatewayError(415, "UnsupportedMedia", "send the video itself, no form: curl -X POST -T clip.mp4")
         name = services.backend.name_or_only(wishes.model)
         model = await services.backend.model(name, wishes.version)
-        job = secrets.token_hex(16)
+        now = datetime.now(UTC)
+        job = new_name(int(now.timestamp()))
         with jobs.arriving(job) as source:
             await _receive(request, source)
             frames = await asyncio.to_thread(_count_frames, source, wishes.stride)
@@ -93,11 +94,16 @@ def router(services: Services) -> APIRouter:
                 stride=wishes.stride,
                 track=wishes.track,
                 frames=frames,
-                created=datetime.now(UTC),
+                created=now,
             )
             jobs.add(record)
         response.headers["Location"] = request.url_for("job_state", job=job).path
         return record
+
+    @routes.get("", responses=responses(422))
+    async def listed(who: Who, after: After = "", limit: Limit = 20) -> Jobs:
+        """Your jobs, the oldest first: how far each is."""
+        return jobs.page(who.owner, after, limit)
 
     @routes.get("/{job}", responses=responses(404))
     async def job_state(job: str, who: Who) -> Job:

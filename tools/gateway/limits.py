@@ -38,7 +38,7 @@ class Door:
         most = most or self._limits.max_bytes
         refusal = self._refusal(scope, most)
         if refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         self._under_way += 1
         try:

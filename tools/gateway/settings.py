@@ -62,6 +62,8 @@ class Flags(Strict):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="of HTTP")
     grpc_port: int | None = Field(None, ge=0, le=65535, description="of KServe v2 over gRPC; none without it")
+    tls_certificate: Path | None = Field(None, description="PEM, with its chain: HTTPS, and TLS for gRPC")
+    tls_key: Path | None = Field(None, description="PEM without a password, of that certificate")
     keys_file: Path | None = Field(None, description="API keys, hashed, as `--new-key` makes them")
     storage: str = Field("marina-uploads", description="where uploads lie: a folder, or s3://bucket/prefix")
     upload_ttl_s: int = Field(86_400, gt=0, description="how long an upload is kept, seconds")
@@ -74,6 +76,12 @@ class Settings(Flags):
     no_auth: bool = Field(False, description="answer callers that show no key")
     limits: Limits = Limits()
     video: Video = Video()
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together; give both, or none")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_authenticate(self) -> Self:

@@ -4,16 +4,15 @@ import asyncio
 import json
 import logging
 import re
-import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from io import BytesIO
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import BaseModel
 
 from handlers.drawing import class_colour, draw_boxes
@@ -23,6 +22,7 @@ from tools.gateway.auth import Who
 from tools.gateway.detect import Detection
 from tools.gateway.errors import GatewayError, responses
 from tools.gateway.form import BODY_TYPE, form_schema, read_form
+from tools.gateway.listing import After, Limit, new_name, page
 from tools.gateway.services import Services
 from tools.gateway.storage import Storage
 
@@ -30,11 +30,10 @@ logger = logging.getLogger(__name__)
 
 OPTIONS = ("score_threshold", "iou_threshold", "max_detections", "classes", "class_agnostic")
 SWEEP_S = 60
-MOST_LISTED = 100
 # Pictures that are drawn on at once; each takes 50 megapixels at most.
 DRAWN_AT_ONCE = 2
 
-# The time of creation in seconds, then chance: names sort by age and tell when they expire.
+# As `new_name` makes it, so that it tells when the upload expires.
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -77,7 +76,7 @@ class Shelf:
         now = int(time.time())
         detections = answer["detections"]
         upload = Upload(
-            id=f"{now:08x}{secrets.token_hex(12)}",
+            id=new_name(now),
             created=_moment(now),
             expires=_moment(now + self._ttl_s),
             filename="".join(character for character in filename if character.isprintable())[:200],
@@ -107,12 +106,12 @@ class Shelf:
         return found, picture
 
     def page(self, owner: str, after: str, limit: int) -> Uploads:
-        names = [name for name in self._storage.list(f"uploads/{owner}") if name > after]
+        names, following = page(self._storage.list(f"uploads/{owner}"), after, limit)
         found = []
-        for name in names[:limit]:
+        for name in names:
             with suppress(GatewayError):
                 found.append(self.get(owner, name))
-        return Uploads(uploads=found, next=names[limit - 1] if len(names) > limit else None)
+        return Uploads(uploads=found, next=following)
 
     def delete(self, owner: str, upload: str) -> None:
         self.get(owner, upload)
@@ -190,11 +189,7 @@ def router(services: Services) -> APIRouter:
         return await asyncio.to_thread(shelf.add, who.owner, form.picture, form.filename, content)
 
     @routes.get("", responses=responses(422))
-    async def listed(
-        who: Who,
-        after: Annotated[str, Query(description="`next` of the page before", max_length=32)] = "",
-        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 20,
-    ) -> Uploads:
+    async def listed(who: Who, after: After = "", limit: Limit = 20) -> Uploads:
         """Your uploads, the oldest first."""
         return await asyncio.to_thread(shelf.page, who.owner, after, limit)
 

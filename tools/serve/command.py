@@ -20,7 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", metavar="NAME", help="serve these only (default: every archive)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="0 picks a free one (default: %(default)s)")
-    parser.add_argument("--no-auth", action="store_true", help="answer requests that carry no token")
+    tokens = parser.add_mutually_exclusive_group()
+    tokens.add_argument("--no-auth", action="store_true", help="answer requests that carry no token")
+    tokens.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="write the token of this start there, in place of that of an earlier one (default: a new private folder)",
+    )
     parser.add_argument(
         "--grpc",
         type=int,
@@ -52,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         auth=not args.no_auth,
+        token_file=args.token_file,
         grpc_port=args.grpc,
         grace=args.grace,
         report=_tell,
@@ -61,15 +69,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve_until_stopped(server: TorchServe, when_up: Callable[[TorchServe], bool] = lambda server: True) -> int:
-    """Start `server`, print its summary, and serve until Ctrl-C, SIGTERM or a closed terminal; then drain and close it.
+    """Start `server`, print how to ask it, serve until Ctrl-C, SIGTERM or a closed terminal; then drain and close it.
 
     when_up is called once every model answers; serving ends there and then if it returns False. Returns
     the exit code 0; raises MarinaError when a model does not come up or the JVM dies.
     """
     with _signals_to(server.request_stop):
         try:
-            server.start()
-            print(summary(server), flush=True)
+            server.start(_announcer(server))
+            print(curl_line(server, server.archives[0]), flush=True)
             if when_up(server):
                 server.wait()
                 _tell("stopping; once more stops at once")
@@ -90,14 +98,24 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def summary(server: TorchServe) -> str:
-    """What a user needs now: addresses, the token's file, a line to paste."""
-    lines = [f"{served}  {server.prediction_url(served.name, served.version)}" for served in server.archives]
+def _announcer(server: TorchServe) -> Callable[[Served], None]:
+    """Prints the address of each model as soon as it answers, and before the first what all of them share."""
+    answering: list[Served] = []
+
+    def announce(served: Served) -> None:
+        if not answering:
+            print(_access(server))
+        answering.append(served)
+        print(f"{served}  {server.prediction_url(served.name, served.version)}", flush=True)
+
+    return announce
+
+
+def _access(server: TorchServe) -> str:
+    lines = [f"token  {server.token_file}" if server.token_file else "token  none needed (--no-auth)"]
+    lines.append(f"log  {server.log_file}")
     if server.grpc_port is not None:
         lines.append(f"gRPC  {server.host}:{server.grpc_port}")
-    lines.append(f"token  {server.token_file}" if server.token_file else "token  none needed (--no-auth)")
-    lines.append(f"log  {server.log_file}")
-    lines.append(curl_line(server, server.archives[0]))
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ _ANSWER_ENVELOPE = 1 << 16
 
 def private_folder() -> Path:
     """A new folder (mode 0700) whose path is short enough for the unix sockets inside."""
-    for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 - mkdtemp makes a private folder in it
+    for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108  # mkdtemp makes a private folder in it
         try:
             folder = Path(tempfile.mkdtemp(prefix="marina-serve-", dir=parent)).resolve()
         except OSError:

@@ -38,7 +38,7 @@ WORKER_IMPORT_S = 120
 PROGRESS_S = 15
 # A thread dump takes milliseconds on an idle machine.
 DUMP_TIMEOUT_S = 5
-ALL_ADDRESSES = "0.0.0.0"  # noqa: S104 - only compared with
+ALL_ADDRESSES = "0.0.0.0"  # noqa: S104  # only compared with
 
 
 class Interrupted(ToolError):
@@ -48,10 +48,10 @@ class Interrupted(ToolError):
 class TorchServe:
     """A TorchServe that serves archives of one model store, started once.
 
-    models: names, None for all. port: 0 picks a free one. auth: requests need the token. grpc_port: None
-    for no gRPC beyond what TorchServe cannot leave off, 0 picks a free one. grace: how long `drain`
-    waits at most, seconds. report: called with one line for each step and event, from several threads.
-    verbose: report all that TorchServe and its workers print.
+    models: names, None for all. port: 0 picks a free one. auth: requests need the token. token_file: where it is
+    written, replacing that of an earlier start, None for the private folder. grpc_port: None for no gRPC beyond what
+    TorchServe cannot leave off, 0 picks a free one. grace: how long `drain` waits at most, seconds. report: called with
+    one line for each step and event, from several threads. verbose: report all that TorchServe and its workers print.
 
     Start it in a thread that lives as long as the server: Linux ends the JVM with the thread that
     started it. Raises ToolError and BadArchive as `tools.serve.store.find_archives` does.
@@ -65,6 +65,7 @@ class TorchServe:
         host: str = "127.0.0.1",
         port: int = 8080,
         auth: bool = True,
+        token_file: Path | None = None,
         grpc_port: int | None = None,
         grace: float = GRACE_S,
         report: Callable[[str], None] = lambda line: None,
@@ -74,6 +75,7 @@ class TorchServe:
         self.host = host
         self.port = port
         self.auth = auth
+        self._token_file = token_file and token_file.absolute()
         self.grpc_port = grpc_port
         self.grace = grace
         self._report = report
@@ -112,7 +114,7 @@ class TorchServe:
     @property
     def token_file(self) -> Path | None:
         """The file (mode 0600) that holds the token for predictions and nothing else; None without `auth`."""
-        return self.folder / "token" if self.auth else None
+        return (self._token_file or self.folder / "token") if self.auth else None
 
     @property
     def token(self) -> str | None:
@@ -145,14 +147,14 @@ class TorchServe:
         """Ask `start`, `wait` or `drain` to end, whatever thread they run in. Safe in a signal handler."""
         self._stop_requests += 1
 
-    def start(self) -> None:
-        """Start, and return when every model has answered its picture with 200.
+    def start(self, answered: Callable[[Served], None] = lambda served: None) -> None:
+        """Start, and return when every model has answered its picture with 200. answered: called with each that has.
 
         Raises ToolError with the cause in one line: a port in use, no Java, a model that does not come
         up, a JVM that died. Nothing is left behind then. Raises Interrupted after `request_stop`.
         """
         try:
-            self._start()
+            self._start(answered)
         except BaseException:
             self.close()
             raise
@@ -205,7 +207,7 @@ class TorchServe:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._process = self._output = self._folder = None
 
-    def _start(self) -> None:
+    def _start(self, answered: Callable[[Served], None]) -> None:
         process.check_cuda_devices(os.environ.get("CUDA_VISIBLE_DEVICES"))
         java = find_java()
         self.port = process.bindable_port(self.host, self.port)
@@ -218,7 +220,7 @@ class TorchServe:
         assert self._process.stdout is not None
         self._output = Output(self._process.stdout, self.log_file, self._report, self._verbose)
         self._await_token()
-        self._await_models()
+        self._await_models(answered)
         self._output.reporting = True
 
     def _write_folder(self) -> int:
@@ -261,8 +263,7 @@ class TorchServe:
         while not (keys := self._keys()):
             self._check_start()
             time.sleep(0.05)
-        with open(self.token_file, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            file.write(keys["inference"]["key"])
+        write_private(self.token_file, keys["inference"]["key"])
 
     def _keys(self) -> dict[str, dict[str, str]]:
         """What TorchServe wrote into its key file; empty while it has not."""
@@ -279,7 +280,7 @@ class TorchServe:
             return httpx.Client(base_url="http://management", transport=transport, headers=headers)
         return httpx.Client(base_url=self._management_address, headers=headers, trust_env=False)
 
-    def _await_models(self) -> None:
+    def _await_models(self, answered: Callable[[Served], None]) -> None:
         began = told = time.monotonic()
         waiting = [_Probe(self, served, self._closed) for served in self.archives]
         while waiting:
@@ -294,6 +295,7 @@ class TorchServe:
                 picture = "its golden image" if probe.served.is_golden else "a picture"
                 self._report(f"{probe.served}: answers {picture}, {time.monotonic() - began:.1f} s after the start")
                 waiting.remove(probe)
+                answered(probe.served)
             if waiting and time.monotonic() > told + PROGRESS_S:
                 told = time.monotonic()
                 self._report(f"waiting for {', '.join(str(probe.served) for probe in waiting)}, {told - began:.0f} s")
@@ -334,6 +336,18 @@ class TorchServe:
                 continue
             queued += sum(version["jobQueueStatus"]["pendingRequests"] for version in versions)
         return queued
+
+
+def write_private(path: Path, text: str) -> None:
+    """A file (mode 0600) that nobody sees half written. Raises ToolError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ToolError(f"token file {path} cannot be written ({error.strerror}); name another one") from error
 
 
 class _Probe(threading.Thread):

@@ -40,17 +40,17 @@ class Record(Callback):
         self.rows = state_dict["rows"]
         self.best_epoch, self.best_fitness = state_dict["best_epoch"], state_dict["best_fitness"]
 
-    def on_train_start(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]  # no other module comes
         self._started = time.monotonic()
         if trainer.is_global_zero and self.rows:
             # The run may have been cut off between a row and the checkpoint that goes with it.
             write_rows(self.run / RESULTS, self.rows)
         self._stop_if_stale(trainer)
 
-    def on_train_epoch_start(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]
+    def on_train_epoch_start(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]  # no other module comes
         self._started = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]  # no other module comes
         epoch = trainer.current_epoch + 1
         module.check_weights()
         fitness = module.metrics["fitness"]
@@ -114,15 +114,15 @@ class Console(Callback):
         self._pictures = self._first_epoch = 0
         self._trained_s = 0.0
 
-    def on_train_start(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]  # no other module comes
         # Lightning leaves out the start of the epoch that a run goes on with.
         self._began = self._epoch_began = time.monotonic()
         self._first_epoch = trainer.current_epoch
 
-    def on_train_epoch_start(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]
+    def on_train_epoch_start(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]  # no other module comes
         self._epoch_began, self._pictures = time.monotonic(), 0
 
-    def on_train_batch_end(self, trainer: Trainer, module: Training, outputs: Any, batch: Any, index: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, module: Training, outputs: Any, batch: Any, index: int) -> None:  # type: ignore[override]  # no other module comes
         self._pictures += len(batch.images) * trainer.world_size
         self._trained_s = time.monotonic() - self._epoch_began
         if self._visible and time.monotonic() - self._drawn > REDRAW_S:
@@ -133,12 +133,12 @@ class Console(Callback):
                 f"{self._head(trainer)} {share:4.0%}  {losses}  {self._tail(trainer, trainer.current_epoch + share)}"
             )
 
-    def on_validation_batch_end(self, trainer: Trainer, module: Training, *rest: Any) -> None:  # type: ignore[override]
+    def on_validation_batch_end(self, trainer: Trainer, module: Training, *rest: Any) -> None:  # type: ignore[override]  # no other module comes
         if self._visible and time.monotonic() - self._drawn > REDRAW_S:
             self._drawn = time.monotonic()
             self._draw(f"{self._head(trainer)}  validation, {len(module.found)} pictures")
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]  # no other module comes
         row = self.record.rows[-1]
         losses = "  ".join(
             f"{name.removeprefix('train/')} {row[name]:.4f}" for name in row if name.startswith("train/")

@@ -112,7 +112,7 @@ class Prune(Callback):
     def __init__(self, trial: optuna.Trial):
         self.trial = trial
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]  # no other module comes
         self.trial.report(module.metrics["fitness"], trainer.current_epoch)
         if self.trial.should_prune():
             raise optuna.TrialPruned(f"fitness {module.metrics['fitness']:.4f} at epoch {trainer.current_epoch + 1}")

@@ -78,7 +78,7 @@ def _make_trainer(settings: TrainSettings, run: Path, here: Place, callbacks: li
         strategy=DDPStrategy(process_group_backend="nccl" if gpu else "gloo") if here.world > 1 else "auto",
         **(DEV_RUN if settings.fast_dev_run else {}),
         max_epochs=settings.epochs,
-        precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]
+        precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]  # each is one of Lightning's
         logger=make_loggers(settings, run) if here.rank == 0 else False,
         callbacks=callbacks,
         default_root_dir=run,

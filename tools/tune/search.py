@@ -66,8 +66,8 @@ def search(
     for name, propose in space.stages.items():
         settings = propose([trial.setting for trial in outcome.ranked()])
         with Progress(f"tuning, {name}", len(settings), unit="trials") as progress:
+            progress.show()
             for setting in settings:
-                progress.advance(0)  # a trial takes long, so that the line is there from the beginning
                 if setting not in known:
                     mean = sum(trial.seconds for trial in known.values()) / max(1, len(known))
                     if known and spent + mean > budget_s:

@@ -284,7 +284,7 @@ class LiveStream:
         failure: Exception | None = None
         try:
             self._read_on()
-        except Exception as error:  # noqa: BLE001 - raised again where the frames are taken
+        except Exception as error:  # noqa: BLE001  # raised again where the frames are taken
             failure = error
         with self._changed:
             self._failure, self._ended = failure, True

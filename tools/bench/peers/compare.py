@@ -187,6 +187,7 @@ def _start(
     targets: dict[str, Target] = {}
     expected: dict[str, list[list[dict[str, Any]]]] = {}
     with Progress("starting", len(contenders), unit="servers") as progress:
+        progress.show()
         for contender in contenders:
             began = time.monotonic()
             try:
@@ -213,6 +214,7 @@ def _load_by_turns(
     """A B C A B C …, so that a busy machine hits all alike."""
     measured: dict[str, list[Measured]] = {name: [] for name in targets}
     with Progress("load", rounds * len(targets), unit="turns") as progress:
+        progress.show()
         for _ in range(rounds):
             for name, target in targets.items():
                 if name not in failures:
@@ -240,7 +242,7 @@ def _contenders(
     cores = len(os.sched_getaffinity(0))
     serving = Serving(min_workers=cores, max_workers=cores, batch_size=1, max_batch_delay_ms=1, device="cpu")
     changes: dict[str, Any] = {"serving": serving, "response": Response("detections")}
-    plain = build_variant(variant(recipe, Runtime(), **changes), folder / "plain.mar", weights, None)
+    plain = build_variant(variant(recipe, Runtime(), **changes), folder / "plain.mar", weights, None).path
     settings = {
         "size": recipe.preprocess.size,
         "labels": load_labels(recipe.beside(recipe.labels)),
@@ -255,15 +257,18 @@ def _contenders(
         Contender(STOCK_THREADS, partial(stock, plain, settings, body)),
     ]
     ours = []
-    for runtime, shape in OURS:
-        name = _our_name(runtime, shape)
-        try:
-            built = build_variant(
-                variant(recipe, runtime, shape, **changes), folder / f"{name}.mar", weights, calibration
-            )
-            ours.append(Contender(name, partial(served, built), shape, INT8 if runtime.precision == "int8" else FLOAT))
-        except MarinaError as error:
-            missing[name] = str(error)
+    with Progress("building", len(OURS), unit="archives") as progress:
+        progress.show()
+        for runtime, shape in OURS:
+            name = _our_name(runtime, shape)
+            tried = variant(recipe, runtime, shape, **changes)
+            try:
+                built = build_variant(tried, folder / f"{name}.mar", weights, calibration).path
+                tolerance = INT8 if runtime.precision == "int8" else FLOAT
+                ours.append(Contender(name, partial(served, built), shape, tolerance))
+            except MarinaError as error:
+                missing[name] = str(error)
+            progress.advance()
     network = folder / "network.onnx"
     write_network(plain, network)
     for name in OTHERS:

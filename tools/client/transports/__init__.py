@@ -4,17 +4,22 @@ A transport closes itself by `aclose`; its `predict` raises ServerRefused, Serve
 """
 
 import json
+import ssl
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from time import time
 from typing import Any, Protocol
 
 from tools.client.answer import Answer
 from tools.client.errors import UNNAMED, ServerFailed, ServerRefused
+from tools.errors import ToolError
 
 FORMAT = "detections"
 # The fields of every error body, TorchServe's own, the handler's and the gateway's.
 ERROR_FIELDS = {"code", "type", "message"}
+# OpenSSL's and gRPC's word for a certificate of nobody known.
+NOT_TRUSTED = "CERTIFICATE_VERIFY_FAILED"
 # A server that refuses a token names it so.
 WRONG_KEY = "InvalidKeyException"
 
@@ -25,6 +30,16 @@ class Transport(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+def read_authority(path: Path) -> str:
+    """Certificates of an authority, PEM. Raises ToolError for a file that has none."""
+    try:
+        text = path.read_text(encoding="ascii")
+        ssl.create_default_context().load_verify_locations(cadata=text)
+    except (OSError, ValueError) as error:
+        raise ToolError(f"--ca {path} cannot be used ({error}); give the authority's certificate as PEM") from error
+    return text
 
 
 def read_answer(body: bytes | str, status: int = 200) -> Answer:
@@ -53,6 +68,10 @@ def refused(status: int, kind: str, message: str) -> ServerRefused:
     if kind == WRONG_KEY or status in (401, 403):
         message += "; give the server's token, for the command by --token-file"
     return ServerRefused(status, kind, message)
+
+
+def distrusted(url: str) -> ServerFailed:
+    return ServerFailed(f"{url} shows a certificate that is not trusted; give that of its authority, by --ca")
 
 
 def short(body: bytes | str) -> str:

@@ -2,7 +2,8 @@
 
 Over REST the picture follows the JSON as bytes (Triton's binary tensor data extension), over gRPC it goes as
 `raw_input_contents`, so that it is encoded nowhere. Options are parameters of the request. Numbers come back as FP32;
-they are rounded to the digits that the server gives.
+they are rounded to the digits that the server gives. The parameter `timing_ms` of the answer is a list as JSON, of the
+stages' times for each picture.
 """
 
 import json
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from tools.client.answer import Answer, Detection
 from tools.client.errors import TOO_LARGE, UNNAMED, ServerError, ServerFailed, ServerUnavailable
-from tools.client.transports import Transport, refused, retry_after, short
+from tools.client.transports import NOT_TRUSTED, Transport, distrusted, refused, retry_after, short
 
 if TYPE_CHECKING:
     import httpx
 
 PICTURES = "pictures"
+TIMING = "timing_ms"
+NO_TIMING = "[{}]"
 BOX_DIGITS, SCORE_DIGITS = 3, 6
 LENGTH = struct.Struct("<I")  # before each element of BYTES
 NUMBERS = {"FP32": "f", "INT64": "q"}
@@ -28,20 +31,24 @@ BUSY = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 STATUSES = {"INVALID_ARGUMENT": 400, "UNAUTHENTICATED": 401, "NOT_FOUND": 404, "INTERNAL": 500}
 
 
-def kserve_transport(url: str, model: str, version: str | None, token: str | None, connections: int) -> Transport:
+def kserve_transport(
+    url: str, model: str, version: str | None, token: str | None, authority: str | None, connections: int
+) -> Transport:
     """By gRPC for grpc:// and grpcs://, else by REST."""
     if url.startswith("grpc"):
-        return KServeGrpcTransport(url, model, version, token)
-    return KServeRestTransport(url, model, version, token, connections)
+        return KServeGrpcTransport(url, model, version, token, authority)
+    return KServeRestTransport(url, model, version, token, authority, connections)
 
 
 class KServeRestTransport:
-    def __init__(self, url: str, model: str, version: str | None, token: str | None, connections: int):
+    def __init__(
+        self, url: str, model: str, version: str | None, token: str | None, authority: str | None, connections: int
+    ):
         from tools.client.transports.rest import session
 
         parts = ["v2", "models", model, *(["versions", version] if version else []), "infer"]
         self._url = "/".join([url.rstrip("/"), *(urllib.parse.quote(part, safe="") for part in parts)])
-        self._session = session(token, connections)
+        self._session = session(token, authority, connections)
 
     async def predict(self, body: bytes, options: Mapping[str, str]) -> Answer:
         from tools.client.transports.rest import post
@@ -56,8 +63,9 @@ class KServeRestTransport:
         try:
             content = answer.json()
             columns = {output["name"]: output["data"] for output in content["outputs"]}
-            return _answer(content["model_name"], content.get("model_version", ""), columns)
-        except (KeyError, TypeError, ValueError) as error:
+            timing = content.get("parameters", {}).get(TIMING, NO_TIMING)
+            return _answer(content["model_name"], content.get("model_version", ""), columns, timing)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise _strange(self._url, error) from error
 
     async def aclose(self) -> None:
@@ -65,14 +73,14 @@ class KServeRestTransport:
 
 
 class KServeGrpcTransport:
-    def __init__(self, url: str, model: str, version: str | None, token: str | None):
+    def __init__(self, url: str, model: str, version: str | None, token: str | None, authority: str | None):
         from tools.client.transports.channel import open_channel
         from tools.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
 
         self._url = url
         self._model, self._version = model, version or ""
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._channel = open_channel(url)
+        self._channel = open_channel(url, authority)
         self._stub = GRPCInferenceServiceStub(self._channel)
 
     async def predict(self, body: bytes, options: Mapping[str, str]) -> Answer:
@@ -94,8 +102,9 @@ class KServeGrpcTransport:
         try:
             pairs = zip(answer.outputs, answer.raw_output_contents, strict=True)
             columns = {output.name: _unpacked(output.datatype, output.shape, raw) for output, raw in pairs}
-            return _answer(answer.model_name, answer.model_version, columns)
-        except (KeyError, TypeError, ValueError, struct.error) as error:
+            timing = answer.parameters[TIMING].string_param if TIMING in answer.parameters else NO_TIMING
+            return _answer(answer.model_name, answer.model_version, columns, timing)
+        except (LookupError, TypeError, ValueError, struct.error) as error:
             raise _strange(self._url, error) from error
 
     async def aclose(self) -> None:
@@ -103,6 +112,8 @@ class KServeGrpcTransport:
 
     def _reason(self, error: Any, size: int) -> ServerError:
         code, text = error.code().name, short(error.details() or "")
+        if NOT_TRUSTED in (error.details() or ""):
+            return distrusted(self._url)
         if "larger than max" in text:
             return refused(TOO_LARGE, UNNAMED, f"a picture of {size:,} bytes is too large for the server")
         if code in BUSY:
@@ -114,7 +125,7 @@ class KServeGrpcTransport:
 
 
 def _error(response: "httpx.Response") -> ServerError:
-    """The reason in the protocol's form `{"error": "…"}`, or in the gateway's own."""
+    """The reason in the protocol's form `{"error": "…"}`, or in that of a TorchServe which is asked by mistake."""
     try:
         content = response.json()
         return refused(
@@ -139,8 +150,8 @@ def _elements(raw: bytes) -> Iterator[bytes]:
         start += LENGTH.size + size
 
 
-def _answer(model: str, version: str, columns: Mapping[str, Sequence[Any]]) -> Answer:
-    """columns: the outputs of one picture, flat. Raises KeyError, TypeError or ValueError for anything else."""
+def _answer(model: str, version: str, columns: Mapping[str, Sequence[Any]], timing: str) -> Answer:
+    """columns: the outputs of one picture, flat. Raises LookupError, TypeError or ValueError for anything else."""
     coordinates = [round(float(value), BOX_DIGITS) for value in columns["boxes"]]
     boxes = zip(*(coordinates[side::4] for side in range(4)), strict=True)
     rows = zip(columns["labels"], columns["label_indices"], columns["scores"], boxes, strict=True)
@@ -154,6 +165,7 @@ def _answer(model: str, version: str, columns: Mapping[str, Sequence[Any]]) -> A
             Detection(str(label), int(index), round(float(score), SCORE_DIGITS), box)
             for label, index, score, box in rows
         ),
+        timing_ms=dict(json.loads(timing)[0]),
         source="",
     )
 

@@ -1,5 +1,6 @@
 """TorchServe's REST interface: POST /predictions/<model>[/<version>] with the picture as the body."""
 
+import ssl
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any
@@ -8,19 +9,22 @@ import httpx
 
 from tools.client.answer import Answer
 from tools.client.errors import ServerFailed, ServerUnavailable
-from tools.client.transports import FORMAT, read_answer, retry_after, short
+from tools.client.transports import FORMAT, NOT_TRUSTED, distrusted, read_answer, retry_after, short
 
 BUSY = (429, 503)
 EXAMPLE = "one such as http://127.0.0.1:8080"
 
 
 class RestTransport:
-    """url: scheme, host and port (and a path, behind a proxy). connections: kept open at most."""
+    """url: scheme, host and port (and a path, behind a proxy). authority: see `session`. connections: kept open at
+    most."""
 
-    def __init__(self, url: str, model: str, version: str | None, token: str | None, connections: int):
+    def __init__(
+        self, url: str, model: str, version: str | None, token: str | None, authority: str | None, connections: int
+    ):
         parts = [model] if version is None else [model, version]
         self._url = "/".join([url.rstrip("/"), "predictions", *(urllib.parse.quote(part, safe="") for part in parts)])
-        self._session = session(token, connections)
+        self._session = session(token, authority, connections)
 
     async def predict(self, body: bytes, options: Mapping[str, str]) -> Answer:
         given = {"format": FORMAT, **options}
@@ -37,11 +41,13 @@ class RestTransport:
         await self._session.aclose()
 
 
-def session(token: str | None, connections: int) -> httpx.AsyncClient:
-    """Without time-outs: the client has one for all attempts together."""
+def session(token: str | None, authority: str | None, connections: int) -> httpx.AsyncClient:
+    """Without time-outs: the client has one for all attempts together. authority: certificates, PEM, None for those
+    of the system."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
+    verify = ssl.create_default_context(cadata=authority) if authority else True
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    return httpx.AsyncClient(headers=headers, timeout=None, limits=limits)  # noqa: S113  # see the docstring
+    return httpx.AsyncClient(headers=headers, timeout=None, limits=limits, verify=verify)  # noqa: S113  # see the docstring
 
 
 async def post(session: httpx.AsyncClient, url: str, **request: Any) -> httpx.Response:
@@ -54,6 +60,8 @@ async def post(session: httpx.AsyncClient, url: str, **request: Any) -> httpx.Re
     except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError) as error:
         raise ServerFailed(f"{url} cannot be asked ({error}); give {EXAMPLE}") from error
     except httpx.ConnectError as error:
+        if NOT_TRUSTED in str(error):
+            raise distrusted(url) from error
         raise ServerUnavailable(f"{url} cannot be reached ({error}); is the server up, the port right?") from error
     except httpx.TransportError as error:
         raise ServerFailed(f"{url}: the connection was lost ({error or type(error).__name__})") from error

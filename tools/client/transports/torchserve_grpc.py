@@ -12,7 +12,7 @@ import grpc
 
 from tools.client.answer import Answer
 from tools.client.errors import TOO_LARGE, ServerError, ServerFailed, ServerUnavailable
-from tools.client.transports import FORMAT, WRONG_KEY, read_answer, refused, short
+from tools.client.transports import FORMAT, NOT_TRUSTED, WRONG_KEY, distrusted, read_answer, refused, short
 from tools.client.transports.channel import open_channel
 from tools.proto.inference_pb2 import PredictionsRequest
 from tools.proto.inference_pb2_grpc import InferenceAPIsServiceStub
@@ -24,11 +24,11 @@ NOT_FOUND = ("ModelVersionNotFoundException", "ModelNotFoundException")
 class TorchServeGrpcTransport:
     """url: host and port, as grpc://HOST:PORT, or grpcs:// for TLS."""
 
-    def __init__(self, url: str, model: str, version: str | None, token: str | None):
+    def __init__(self, url: str, model: str, version: str | None, token: str | None, authority: str | None):
         self._url = url
         self._model, self._version = model, version or ""
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._channel = open_channel(url)
+        self._channel = open_channel(url, authority)
         self._stub = InferenceAPIsServiceStub(self._channel)
 
     async def predict(self, body: bytes, options: Mapping[str, str]) -> Answer:
@@ -49,6 +49,8 @@ class TorchServeGrpcTransport:
 
     def _reason(self, error: grpc.aio.AioRpcError, size: int) -> ServerError:
         code, text = error.code(), short(error.details() or "")
+        if NOT_TRUSTED in (error.details() or ""):
+            return distrusted(self._url)
         if code is grpc.StatusCode.UNAVAILABLE or NO_WORKER in text:
             return ServerUnavailable(f"{self._url} is busy, down or not to be reached: {text}")
         if code is grpc.StatusCode.PERMISSION_DENIED:

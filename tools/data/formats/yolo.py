@@ -254,7 +254,7 @@ def _read_yaml(path: Path) -> Any:
         if path.stat().st_size > MOST_YAML_BYTES:
             raise ToolError(f"{path} has more than {MOST_YAML_BYTES:,} bytes, which no data.yaml needs")
         # Every scalar as it is written: to YAML the names `no`, `on` and `1e3` are no text. It makes no objects.
-        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # noqa: S506
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # noqa: S506  # it makes nothing but texts, lists and mappings
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ToolError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 

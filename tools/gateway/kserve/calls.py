@@ -5,6 +5,8 @@ A request has one input:
     pictures  BYTES [B]           encoded pictures -> detections, the rows of all pictures one after the other
     images    FP32 [B, 3, H, W]   RGB in 0..1, letterboxed -> output0, the rows of YOLOv5's head before suppression
 
+The parameter `timing_ms` of an answer to pictures is JSON: for each picture the milliseconds of every stage.
+
 Each picture is one request to TorchServe, so that its workers share them.
 """
 
@@ -27,6 +29,7 @@ from tools.gateway.kserve.codec import MAX_PICTURES, NUMBERS, InferAnswer, Infer
 PICTURES = "pictures"
 IMAGES = "images"
 OUTPUT0 = "output0"
+TIMING = "timing_ms"
 # What a request's parameters may be; each becomes a header.
 OPTIONS = tuple(name for name in ALLOWED if name != "format")
 # Of one request's pictures at TorchServe at a time, whose queue has room for others too.
@@ -108,17 +111,20 @@ class Calls:
         (given,) = request.inputs
         headers = _headers(request.parameters)
         if isinstance(given.data, list):
-            served, outputs = await self._detect(name, version, given, given.data, headers)
+            answers = await self._detect(name, version, given, given.data, headers)
+            served, outputs = answers[0]["version"], detection_tensors(answers)
+            told = {TIMING: json.dumps([answer[TIMING] for answer in answers])}
         elif headers:
             raise invalid(f"parameter {next(iter(request.parameters))!r} does not go with {IMAGES}: all rows are sent")
         else:
             served, outputs = await self._rows(name, version, given, given.data)
-        return InferAnswer(name, served, request.id, _chosen(outputs, request.outputs))
+            told = {}
+        return InferAnswer(name, served, request.id, _chosen(outputs, request.outputs), told)
 
     async def _detect(
         self, name: str, version: str | None, given: Tensor, pictures: Sequence[bytes], headers: Mapping[str, str]
-    ) -> tuple[str, list[Tensor]]:
-        """The version that answered, and its detections."""
+    ) -> list[dict[str, Any]]:
+        """An answer in format `detections` for each picture."""
         _check_input(given, PICTURES, "[B], a picture an element", len(given.shape) == 1)
         for index, picture in enumerate(pictures):
             # The handler would take JSON and base64 too, and options in them.
@@ -130,8 +136,7 @@ class Calls:
                 )
         headers = {**headers, "Marina-Format": "detections"}
         bodies = await self._ask_all(name, version, PICTURES, pictures, OPAQUE, headers)
-        answers = [json.loads(body) for body in bodies]
-        return answers[0]["version"], detection_tensors(answers)
+        return [json.loads(body) for body in bodies]
 
     async def _rows(self, name: str, version: str | None, given: Tensor, data: bytes) -> tuple[str, list[Tensor]]:
         """The version that answered, and all rows of its head."""

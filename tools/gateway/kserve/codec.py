@@ -23,6 +23,8 @@ from tools.proto import open_inference_pb2 as pb
 NUMBERS: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
 TAKEN = ("BYTES", "FP32")
 LENGTH = struct.Struct("<I")  # before each element of BYTES
+# Numbers that are written as JSON in one go; no other thread has its turn meanwhile.
+PIECE = 1 << 15
 # Of one request: bounds the work that one tensor of empty elements could make.
 MAX_PICTURES = 64
 MAX_SIDES = 4
@@ -60,6 +62,12 @@ class InferAnswer:
     version: str
     id: str
     outputs: list[Tensor]
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its numbers."""
+        return sum(len(tensor.data) for tensor in self.outputs if isinstance(tensor.data, bytes))
 
 
 def invalid(message: str) -> GatewayError:
@@ -223,21 +231,35 @@ def _from_base64(name: str, element: object) -> bytes:
 
 def write_rest(answer: InferAnswer, request: InferRequest) -> tuple[bytes, int | None]:
     """The body, and the length of the JSON at its head where tensors follow it."""
-    outputs: list[dict[str, Any]] = []
+    outputs = []
     behind = []
     for tensor in answer.outputs:
         told: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
         if request.binary.get(tensor.name, request.binary_all):
             behind.append(to_raw(tensor))
-            told["parameters"] = {SIZE: len(behind[-1])}
-        elif isinstance(tensor.data, bytes):
-            told["data"] = np.frombuffer(tensor.data, NUMBERS[tensor.datatype]).tolist()
+            outputs.append(to_json(told | {"parameters": {SIZE: len(behind[-1])}}))
         else:
-            told["data"] = [element.decode() for element in tensor.data]
-        outputs.append(told)
-    head = {"model_name": answer.model, "model_version": answer.version, "outputs": outputs}
-    json = to_json(head | ({"id": answer.id} if answer.id else {}))
+            outputs.append(_extended(to_json(told), "data", _json_data(tensor)))
+    head: dict[str, Any] = {"model_name": answer.model, "model_version": answer.version}
+    if answer.id:
+        head["id"] = answer.id
+    if answer.parameters:
+        head["parameters"] = answer.parameters
+    json = _extended(to_json(head), "outputs", b"[" + b",".join(outputs) + b"]")
     return b"".join([json, *behind]), len(json) if behind else None
+
+
+def _json_data(tensor: Tensor) -> bytes:
+    if not isinstance(tensor.data, bytes):
+        return to_json([element.decode() for element in tensor.data])
+    numbers = np.frombuffer(tensor.data, NUMBERS[tensor.datatype])
+    pieces = (to_json(numbers[start : start + PIECE].tolist())[1:-1] for start in range(0, len(numbers), PIECE))
+    return b"[" + b",".join(pieces) + b"]"
+
+
+def _extended(object: bytes, name: str, value: bytes) -> bytes:
+    """A JSON object, which is not empty, with one more member."""
+    return object[:-1] + b"," + to_json(name) + b":" + value + b"}"
 
 
 def read_grpc(message: pb.ModelInferRequest) -> InferRequest:
@@ -295,6 +317,7 @@ def write_grpc(answer: InferAnswer) -> pb.ModelInferResponse:
         model_name=answer.model,
         model_version=answer.version,
         id=answer.id,
+        parameters={name: pb.InferParameter(string_param=value) for name, value in answer.parameters.items()},
         outputs=[{"name": t.name, "datatype": t.datatype, "shape": t.shape} for t in answer.outputs],
         raw_output_contents=[to_raw(tensor) for tensor in answer.outputs],
     )

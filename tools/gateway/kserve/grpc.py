@@ -49,10 +49,15 @@ async def serve(services: Services) -> grpc.aio.Server:
     )
     add_GRPCInferenceServiceServicer_to_server(_Service(services), server)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"{host}:{settings.grpc_port}"
     try:
-        server.add_insecure_port(f"{host}:{settings.grpc_port}")
+        if settings.tls_certificate is not None and settings.tls_key is not None:
+            pair = settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes()
+            server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        else:
+            server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ToolError(f"gRPC cannot listen on {host}:{settings.grpc_port}; is the port in use?") from error
+        raise ToolError(f"gRPC cannot listen on {address}; is the port in use?") from error
     await server.start()
     return server
 
