@@ -1,7 +1,9 @@
 """Every engine answers as torch does, whatever the shapes of a batch; and says in one line what it lacks."""
 
+import json
 import logging
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -194,6 +196,28 @@ def test_outputs_of_one_picture_at_a_time() -> None:
     assert seen == [((1, 3, 8, 9), 0.4)] * 2
     assert [each.labels.tolist() for each in found] == [[1, 2, 1, 2]] * 2
     assert found[0].boxes.tolist() == [[9, 0, 0, 0], [0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 0, 9]]
+
+
+COME_AND_GO = """
+import gc, json, signal, sys
+from pathlib import Path
+from handlers.pipeline import Pipeline
+
+folder, config = Path(sys.argv[1]), json.loads(sys.argv[2])
+signal.signal(signal.SIGUSR1, lambda number, frame: print("signal seen"))
+networks = [Pipeline.load(folder, config), Pipeline.load(folder, config)]
+while networks:
+    del networks[0]
+    gc.collect()
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+def test_a_process_whose_networks_come_and_go_outlives_signals(reference: Reference, engine: str) -> None:
+    config = json.dumps(reference.config(engine))
+    command = [sys.executable, "-c", COME_AND_GO, str(reference.folder), config]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "signal seen\n"), done.stderr
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino", "tensorrt"])

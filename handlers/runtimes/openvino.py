@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def load(folder: Path, settings: Settings, num_labels: int, device: torch.device
         "ENABLE_CPU_PINNING": False,
     }
     try:
-        request = openvino.Core().compile_model(folder / settings.weights, "CPU", options).create_infer_request()
+        request = _core().compile_model(folder / settings.weights, "CPU", options).create_infer_request()
     except RuntimeError as error:
         line = str(error).strip().rpartition("\n")[2]
         raise BadArchive(f"{settings.weights} cannot be loaded by OpenVINO ({line})") from error
@@ -50,6 +51,17 @@ def load(folder: Path, settings: Settings, num_labels: int, device: torch.device
         return [found[output] for output in outputs]
 
     return ExportedNetwork(settings.exported, run)
+
+
+@cache
+def _core() -> openvino.Core:
+    """The only one of the process.
+
+    Each core's plugin brings an alternate signal stack and puts back the one before it at its end. Of two whose times
+    overlap, the later one would put back memory that the earlier one gave away, and the next signal that Python
+    handles would kill the process (seen with OpenVINO 2026.4).
+    """
+    return openvino.Core()
 
 
 def has_int8(capabilities: Mapping[str, Any]) -> bool:
