@@ -1,9 +1,10 @@
-"""marina bench handler | serve | engines | peers | build
+"""marina bench handler | serve | engines | peers | protocols | build
 
 marina bench handler model-store/yolov5n-coco.mar
 marina bench serve model-store/yolov5n-coco.mar --image bus.jpg --concurrency 1 4 16
 marina bench engines archives/yolov5n-coco --weights yolov5n.pt --calibration photos --threads 2
 marina bench peers archives/yolov5n-coco --weights yolov5n.pt --image bus.jpg --chart peers.png
+marina bench protocols model-store/yolov5n-coco.mar --image photos/*.jpg --report protocols.json
 marina bench build archives/fasterrcnn-oxford-pets --weights pets.pth --report build.json
 """
 
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_serve(actions.add_parser("serve", help="a server under load, beside what its engine can do without one"))
     _add_engines(actions.add_parser("engines", help="every engine that can run a recipe's network, side by side"))
     _add_peers(actions.add_parser("peers", help="TorchServe as it comes, FastAPI, LitServe and mosec, beside ours"))
+    _add_protocols(actions.add_parser("protocols", help="every way to ask over the network, with the same pictures"))
     _add_build(actions.add_parser("build", help="seconds and memory of `archive build`, beside torch-model-archiver"))
 
 
@@ -87,6 +90,20 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
     _add_output(parser)
 
 
+def _add_protocols(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "archive", type=Path, help="of a YOLOv5; served behind a gateway for the time of the measurement"
+    )
+    parser.add_argument(
+        "--image", type=Path, nargs="+", required=True, metavar="FILE", help="to send, each by every way"
+    )
+    parser.add_argument(
+        "--concurrency", type=positive, nargs="+", default=[1], metavar="N", help="connections; default: 1"
+    )
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="by turns; default: %(default)s")
+    _add_output(parser)
+
+
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="an archive.yaml, or its folder")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="weights that lie elsewhere than the recipe says")
@@ -121,9 +138,7 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table and writes the files. Returns 1 when something failed under load, 0 otherwise."""
-    report = {"handler": _handler, "serve": _serve, "engines": _engines, "peers": _peers, "build": _build}[args.action](
-        args
-    )
+    report = ACTIONS[args.action](args)
     print(report.as_table())
     if args.report:
         _write(args.report, (json.dumps({"machine": machine(), **asdict(report)}, indent=1) + "\n").encode())
@@ -193,6 +208,22 @@ def _build(args: argparse.Namespace) -> Any:
     from tools.bench.build import bench_build
 
     return bench_build(args.recipe, args.weights, args.rounds)
+
+
+def _protocols(args: argparse.Namespace) -> Any:
+    from tools.bench.protocols.compare import bench_protocols
+
+    return bench_protocols(args.archive, args.image, args.concurrency, args.rounds)
+
+
+ACTIONS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "handler": _handler,
+    "serve": _serve,
+    "engines": _engines,
+    "peers": _peers,
+    "protocols": _protocols,
+    "build": _build,
+}
 
 
 def machine() -> dict[str, Any]:
