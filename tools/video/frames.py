@@ -19,6 +19,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from tools.errors import ToolError
@@ -105,6 +106,7 @@ class VideoFile:
             raise
         self._matrix = _display_matrix(first)
         self._size = first.width, first.height
+        self._reformatter = VideoReformatter()
         self.height, self.width = _upright(np.empty((first.height, first.width, 0)), self._matrix).shape[:2]
         self.rate = self._source_rate / stride
         self.frames = -(-self._stream.frames // stride) if self._stream.frames else None
@@ -122,7 +124,8 @@ class VideoFile:
             for decoded in self._decoded:
                 index, self._seen = self._seen, self._seen + 1
                 if index % self._stride == 0:
-                    return Frame(index, self._seconds(decoded, index), _rgb(decoded, self._matrix, self._size))
+                    pixels = _rgb(decoded, self._matrix, self._size, self._reformatter)
+                    return Frame(index, self._seconds(decoded, index), pixels)
             raise StopIteration
 
     def close(self) -> None:
@@ -212,9 +215,12 @@ def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarra
     return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def _rgb(frame: av.VideoFrame, matrix: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
-    """size: width and height before turning, to which a frame of another size is scaled."""
-    pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+def _rgb(
+    frame: av.VideoFrame, matrix: tuple[int, int, int, int], size: tuple[int, int], reformatter: VideoReformatter
+) -> np.ndarray:
+    """size: width and height before turning, to which a frame of another size is scaled. reformatter: of the whole
+    video, since a new one takes longer to set up than a frame to convert."""
+    pixels = reformatter.reformat(frame, *size, format="rgb24").to_ndarray()
     return np.ascontiguousarray(_upright(pixels, matrix))
 
 
@@ -349,11 +355,13 @@ def _av_frames(address: str, **how: Any) -> Generator[Decode]:
         with av.open(address, timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S), **how) as container:
             if not container.streams.video:
                 raise _Lost("it has no video stream")
+            reformatter = VideoReformatter()
             for packet in container.demux(container.streams.video[0]):
                 # Who joins in the middle gets packets that nothing can be made of before the next key frame.
                 with contextlib.suppress(av.error.InvalidDataError):
                     for frame in packet.decode():
-                        yield partial(_rgb, frame, _display_matrix(frame), (frame.width, frame.height))
+                        size = frame.width, frame.height
+                        yield partial(_rgb, frame, _display_matrix(frame), size, reformatter)
             if container.duration is None:
                 raise _Lost("it ended")
     except av.FFmpegError as error:

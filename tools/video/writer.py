@@ -14,7 +14,7 @@ import numpy as np
 from av.audio.stream import AudioStream
 from av.container import OutputContainer
 from av.packet import Packet
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 
 from tools.checkpoint.safetensors_format import replacing
 from tools.errors import ToolError
@@ -24,6 +24,7 @@ from tools.video.frames import Frame, open_file, start_of
 SOUND_OF_MP4 = frozenset({"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"})
 MILLISECOND = 0.001
 AAC_RATE = 48_000
+PIXELS_A_THREAD = 2_000_000  # x264 codes so many, of full HD, at 100 frames a second, faster than they are detected on
 TICKS_PER_SECOND = 90_000  # at least; that of MPEG systems, fine enough for any variable rate
 
 
@@ -49,6 +50,8 @@ class VideoWriter:
         self._tick = Fraction(1, per_second)
         self._audio_from = audio_from
         self._last = -1
+        # One for all frames: a new one takes longer to set up than a frame to convert.
+        self._reformatter = VideoReformatter()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -65,6 +68,8 @@ class VideoWriter:
             self._stream.width, self._stream.height = (side + side % 2 for side in self._size)
             self._stream.pix_fmt = "yuv420p"
             coder = self._stream.codec_context
+            # What asks the detector needs the other cores; each thread of x264 costs work of its own.
+            coder.thread_count = 1 + self._size[0] * self._size[1] // PIXELS_A_THREAD
             coder.time_base = self._tick
             coder.colorspace, coder.color_range = Colorspace.ITU709, ColorRange.MPEG
             coder.color_primaries, coder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
@@ -76,9 +81,14 @@ class VideoWriter:
         height, width = frame.pixels.shape[:2]
         if (width, height) != self._size:
             raise ToolError(f"{self.path} has frames of {self._size[0]}x{self._size[1]}, not {width}x{height}")
-        pixels = np.pad(frame.pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        picture = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        pixels = frame.pixels
+        if height % 2 or width % 2:
+            pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        picture = self._reformatter.reformat(
+            av.VideoFrame.from_ndarray(pixels, format="rgb24"),
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
         )
         # Times of a damaged source may stand still or run backwards; those of a video must not.
         self._last = max(self._last + 1, round(self._exact(frame.seconds) / self._tick))
