@@ -46,7 +46,7 @@ test coverage: export OMP_WAIT_POLICY := passive
 test: lint $(STOCK)/.installed ## Lint, types and every test, real servers included
 	# Apart: the libraries of clients and browsers do not meet those of all the engines in one process.
 	$(RUN)/python -m pytest -m "not container" tests/e2e $(PYTEST)
-	$(RUN)/python -m pytest -m "not container" --ignore=tests/e2e $(PYTEST)
+	$(RUN)/python -m pytest -m "not container" --ignore=tests/e2e --numprocesses=2 --dist=loadfile $(PYTEST)
 
 .PHONY: coverage
 coverage: $(STOCK)/.installed ## The tests once more, slower, with the lines that none of them runs

@@ -147,10 +147,12 @@ def test_a_failure_in_many_processes_is_the_failure_of_the_command(
     shapes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--data", shapes, *SHORT.split(), "--output", tmp_path / "run", "--processes", 2, "--freeze", 99]
+    before = signal.getsignal(signal.SIGINT)
     assert marina(*arguments) == 1
     error = capfd.readouterr().err
     assert error.startswith("marina: --freeze is 99")
     assert error.count("\n") == 1
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 class AtSecondEpoch(Callback):

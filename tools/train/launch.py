@@ -1,8 +1,11 @@
 """Several processes for one training: torchrun's, started by hand on every node or from here on this one."""
 
 import os
+import signal
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +54,19 @@ def launch(run: Path, processes: int) -> int:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "tools.cli", "train", "--resume", str(run))
+        with _signals_kept():
+            elastic_launch(config, sys.executable)("-m", "tools.cli", "train", "--resume", str(run))
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)
     return 0
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """torchrun's launcher takes these signals over, and would keep them after its end."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
