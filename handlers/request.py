@@ -122,9 +122,17 @@ def _read_bytes(body: bytes, limits: Limits) -> bytes:
         raise EmptyBody(f"no picture arrived: the body is empty; use {EXAMPLE}")
     if sniff(body):
         return body
-    if body.startswith(b"data:") or _is_base64(body):
+    if body.startswith(b"data:"):
         return _from_base64(body.decode("ascii", errors="replace"), limits)
-    return body
+    return _picture_in(body, limits) or body
+
+
+def _picture_in(text: bytes, limits: Limits) -> bytes | None:
+    """A picture that is base64 without saying so. Many a word is base64 by chance."""
+    if not _is_base64(text):
+        return None
+    body = _from_base64(text.decode("ascii"), limits)
+    return body if sniff(body) else None
 
 
 def _is_base64(body: bytes) -> bool:
@@ -133,9 +141,14 @@ def _is_base64(body: bytes) -> bool:
 
 
 def _from_text(text: str, limits: Limits) -> bytes:
-    if text.strip() and not _DATA_URL.match(text) and not _is_base64(text.encode(errors="replace")):
-        raise UnsupportedMedia(f"the body is text, neither a picture nor one in base64; use {EXAMPLE}")
-    return _from_base64(text, limits)
+    if not text.strip() or _DATA_URL.match(text):
+        return _from_base64(text, limits)
+    body = _picture_in(text.encode(errors="replace"), limits)
+    if body is None:
+        raise UnsupportedMedia(
+            f"the body is text that begins with {text[:20]!r}, neither a picture nor one in base64; use {EXAMPLE}"
+        )
+    return body
 
 
 def _read_json(value: dict[str, Any], options: dict[str, Any], limits: Limits) -> Request:

@@ -17,6 +17,8 @@ from handlers.response import MAX_ANSWER_BYTES
 from handlers.settings import ANSWER_VARIABLE, Limits
 
 CHANNELS = 3
+# Resampling may overshoot 1 a little; bytes lie far beyond.
+BRIGHTEST = 2.0
 FLOAT32 = np.dtype("<f4")
 
 
@@ -31,7 +33,7 @@ def read_tensor(body: bytes, shape: object, stride: int, limits: Limits) -> Tens
     channels, height, width = (int(side) for side in sides)
     if channels != CHANNELS or not height or not width or height % stride or width % stride:
         raise InvalidOption(
-            f"{SHAPE_HEADER} is {str(shape)[:40]!r}; this model takes 3 channels, height and width multiples of"
+            f"the tensor's shape is {str(shape)[:40]}; this model takes 3 channels, height and width multiples of"
             f" {stride}"
         )
     if height * width > limits.max_pixels:
@@ -44,6 +46,9 @@ def read_tensor(body: bytes, shape: object, stride: int, limits: Limits) -> Tens
     tensor = torch.from_numpy(np.frombuffer(body, FLOAT32).astype(np.float32).reshape(channels, height, width))
     if not torch.isfinite(tensor).all():
         raise InvalidImage("the tensor holds values that are no finite numbers; send RGB in 0..1")
+    brightest = tensor.max().item()
+    if brightest > BRIGHTEST:
+        raise InvalidImage(f"the tensor holds values up to {brightest:g}; send RGB in 0..1, such as bytes / 255")
     return tensor
 
 

@@ -98,7 +98,7 @@ def read_picture(body: bytes, kind: str) -> bytes:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body}
 
-    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", kind.encode())]}
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", kind.encode())], "query_string": b""}
     return asyncio.run(read_form(Request(scope, receive))).picture
 
 

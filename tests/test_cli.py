@@ -32,4 +32,4 @@ def test_a_package_of_an_extra_that_is_missing_is_named(tmp_path: Path) -> None:
         f"sys.exit(main(['data', 'show', {str(tmp_path / 'set')!r}]))"
     )
     assert done.returncode == 1
-    assert done.stderr == "marina: data needs matplotlib; pip install 'marina[train]'\n"
+    assert done.stderr == "marina: data needs matplotlib; pip install '.[train]'\n"

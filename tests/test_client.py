@@ -229,6 +229,28 @@ def test_what_was_sent_and_failed_is_not_sent_again(serve, said, kind):
     assert len(server.seen) == 1
 
 
+def test_the_package_offers_the_clients():
+    from tools.client import AsyncClient as AsyncOne
+    from tools.client import Client as One
+
+    assert (AsyncOne, One) == (AsyncClient, Client)
+    with pytest.raises(ImportError, match="Nothing"):
+        from tools.client import Nothing  # noqa: F401
+
+
+def test_a_gateway_asked_as_a_torchserve_is_told(serve):
+    server = serve(lambda path, headers, body: refusal(404, "NotFound", f"POST {path}: Not Found"))
+    with Client(server.url, "dogs") as client, pytest.raises(ServerRefused, match="use the protocol kserve"):
+        client.predict(b"x")
+
+
+def test_a_torchserve_asked_as_a_gateway_is_told(serve):
+    server = serve(lambda path, headers, body: refusal(415, "UnsupportedMedia", "no picture"))
+    with Client(server.url, "dogs", protocol="kserve") as client, pytest.raises(ServerFailed) as caught:
+        list(client.predict_many([b"x"]))
+    assert "no picture; use the protocol rest" in str(caught.value)
+
+
 def test_a_refusal_says_what_the_server_says(serve):
     server = serve(lambda path, headers, body: refusal(400, "InvalidKeyException", "Token Authorization failed"))
     with Client(server.url, "dogs") as client, pytest.raises(ServerRefused) as caught:

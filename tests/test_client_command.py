@@ -105,10 +105,26 @@ def test_everything_at_once(server, folder, tmp_path, capfd):
     ]
 
 
+def test_of_several_sources_one_that_is_missing_is_told_and_the_others_are_asked_about(server, folder, capfd):
+    (folder / "list.txt").write_text("gone.jpg\nc.jpg\n")
+    assert predict(server, folder / "a.jpg", folder / "none.jpg", folder / "list.txt", "--format", "jsonl") == 1
+    said = capfd.readouterr()
+    assert ["error" in json.loads(line) for line in said.out.splitlines()] == [False, True, True, False]
+    assert said.err.splitlines()[0].startswith(f"marina: {folder}/none.jpg: is not there; give a picture")
+    assert said.err.splitlines()[-1] == "marina: 2 pictures, 2 detections; 2 without an answer"
+
+
+def test_a_single_source_that_is_missing_is_one_line(server, folder):
+    with pytest.raises(ToolError, match=r"none.jpg is not there; give a picture"):
+        predict(server, folder / "none.jpg")
+    assert server.seen == []
+
+
 def test_flags_become_options_and_the_token_is_sent(server, folder, tmp_path, capfd):
     (tmp_path / "token").write_text("s3cret\n")
-    flags = ("--conf", 0.4, "--iou", 0.5, "--max-det", 7, "--classes", "dog", "cat", "--agnostic-nms")
-    assert predict(server, folder / "a.jpg", *flags, "--token-file", tmp_path / "token", "--format", "jsonl") == 0
+    flags = ("--conf", 0.4, "--iou", 0.5, "--max-det", 7, "--agnostic-nms")
+    flags = (*flags, "--token-file", tmp_path / "token", "--format", "jsonl", "--classes", "dog,cat")
+    assert predict(server, *flags, folder / "a.jpg") == 0
     (headers,) = server.seen
     sent = {name: value for name, value in headers.items() if name.startswith("Marina-")}
     assert sent == {

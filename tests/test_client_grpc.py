@@ -3,8 +3,11 @@
 import asyncio
 import json
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import grpc
@@ -187,7 +190,29 @@ def test_the_gateway_says_how_long_to_wait(serve):
     assert asyncio.run(wish(serve(abort("UNAVAILABLE", "down")))) is None
 
 
-@pytest.mark.parametrize(("protocol", "code"), [("grpc", "INTERNAL"), ("grpc", "UNIMPLEMENTED"), ("kserve", "UNKNOWN")])
+@pytest.mark.parametrize("protocol", ["grpc", "kserve"])
+def test_a_server_of_another_kind_is_told_at_once(serve, protocol):
+    told = pytest.raises(ServerFailed, match="does not speak gRPC; give the port that does")
+    with http_server() as url, Client(url, "dogs", protocol=protocol, timeout=60) as client, told:
+        client.predict(b"x")
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    told = pytest.raises(ServerFailed, match="use the protocol grpc for TorchServe, kserve for a gateway")
+    with Client(f"grpc://127.0.0.1:{port}", "dogs", protocol=protocol) as client, told:
+        client.predict(b"x")
+    server.stop(None).wait()
+
+
+@contextmanager
+def http_server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"grpc://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("protocol", "code"), [("grpc", "INTERNAL"), ("kserve", "UNKNOWN")])
 def test_other_failures_are_not_tried_again(serve, protocol, code):
     asked = []
 

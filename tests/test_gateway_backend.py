@@ -129,7 +129,7 @@ def test_of_two_servers_the_one_that_lives_goes_on() -> None:
     play(scene)
 
 
-def test_a_server_that_comes_back_with_another_token_is_found(tmp_path: Path) -> None:
+def test_a_server_that_comes_back_with_another_token_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def scene() -> None:
         token_file = tmp_path / "token"
         token_file.write_text("one\n")
@@ -142,6 +142,14 @@ def test_a_server_that_comes_back_with_another_token_is_found(tmp_path: Path) ->
             with pytest.raises(GatewayError) as caught:
                 await ask(backend)
             assert caught.value.type == "BackendDown" and backend.up() == {"m": False}
+            assert "token is not accepted" in caught.value.message
+            token_file.unlink()
+            await until(lambda: "cannot be read" in caplog.text)
+            with pytest.raises(GatewayError, match="token is not accepted") as caught:
+                await ask(backend)
+            assert str(tmp_path) not in caught.value.message and caught.value.retry_after
+            token_file.write_text("two\nand more")
+            await until(lambda: "more than a token" in caplog.text)
             token_file.write_text("two\n")
             await until(lambda: backend.up()["m"])
             assert (await ask(backend)).status == 200
@@ -159,6 +167,8 @@ def test_a_server_that_is_not_there_at_the_start_is_found_later(caplog: pytest.L
         await backend.start()
         assert [(model.name, model.healthy) for model in await backend.models()] == [("m", False)]
         assert "is down" in caplog.text
+        with pytest.raises(GatewayError, match="does not answer"):
+            await ask(backend)
         async with peer:
             await until(lambda: backend.up()["m"])
             assert (await ask(backend)).status == 200

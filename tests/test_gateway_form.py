@@ -15,7 +15,7 @@ from tools.errors import ToolError
 from tools.gateway import command
 from tools.gateway.detect import preferred_format
 from tools.gateway.errors import GatewayError
-from tools.gateway.form import Form, read_form
+from tools.gateway.form import Form, form_schema, read_form
 from tools.gateway.settings import Settings
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40 + b"\r\n--b\r\n--b--"
@@ -26,7 +26,7 @@ def part(name: str, body: bytes, more: str = "") -> bytes:
     return f'--edge\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + body + b"\r\n"
 
 
-def read(body: bytes, content_type: str = FORM, size: int = 1000) -> Form:
+def read(body: bytes, content_type: str = FORM, size: int = 1000, query: bytes = b"") -> Form:
     pieces: Iterator[bytes] = (body[start : start + size] for start in range(0, max(1, len(body)), size))
     left = -(-max(1, len(body)) // size)
 
@@ -35,7 +35,8 @@ def read(body: bytes, content_type: str = FORM, size: int = 1000) -> Form:
         left -= 1
         return {"type": "http.request", "body": next(pieces), "more_body": left > 0}
 
-    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", content_type.encode("latin-1"))]}
+    headers = [(b"content-type", content_type.encode("latin-1"))]
+    scope = {"type": "http", "method": "POST", "headers": headers, "query_string": query}
     return asyncio.run(read_form(Request(scope, receive)))
 
 
@@ -55,8 +56,26 @@ def test_a_picture_arrives_byte_by_byte_however_it_is_cut(size: int) -> None:
 def test_fields_become_headers_of_a_prediction() -> None:
     form = Form(b"", "", {"score_threshold": "0.5", "model": "m", "version": "1"})
     assert form.headers("score_threshold", "classes") == {"Marina-Score-Threshold": "0.5"}
-    with pytest.raises(GatewayError, match="unknown field 'score_threshold'"):
+    with pytest.raises(GatewayError, match="unknown field or query parameter 'score_threshold'"):
         form.headers("classes")
+
+
+def test_query_parameters_are_options_too_and_a_field_wins() -> None:
+    form = read(part("file", PNG) + part("classes", b"dog") + END, query=b"classes=cat&score_threshold=0.5&model=m")
+    assert form.fields == {"classes": "dog", "score_threshold": "0.5", "model": "m"}
+    with pytest.raises(GatewayError, match="query parameter 'speed'"):
+        read(part("file", PNG) + END, query=b"speed=1").headers("classes")
+    with pytest.raises(GatewayError, match="query parameter 'classes' is there twice"):
+        read(part("file", PNG) + END, query=b"classes=a&classes=b")
+    named = {parameter["name"] for parameter in form_schema("classes")["parameters"]}
+    assert named == {"model", "version", "classes"}
+
+
+def test_what_is_no_single_picture_is_said_in_words() -> None:
+    two, none, empty = (refused(body + END) for body in (part("file", PNG) * 2, part("x", b"1"), part("file", b"")))
+    assert (two.type, two.message) == ("InvalidForm", "the form has 2 parts named 'file'; send one picture")
+    assert (none.type, empty.type) == ("EmptyBody", "EmptyBody")
+    assert "the form has no part named 'file'" in none.message and "the part named 'file' is empty" in empty.message
 
 
 END = b"--edge--\r\n"
@@ -138,8 +157,10 @@ def test_paths_of_a_file_lie_beside_it_and_those_of_flags_do_not(tmp_path: Path)
     assert found.backends[0].token_file == tmp_path / "t" and found.backends[1].token_file is None
     assert found.keys_file == tmp_path / "keys" and found.storage == str(tmp_path / "up")
     assert found.video.folder == tmp_path / "jobs"
-    found = settings("--config", str(file), "--storage", "here", "--backend", "http://h:3", "--models", "c")
+    flags = ("--storage", "here", "--video-folder", "there", "--backend", "http://h:3", "--models", "c")
+    found = settings("--config", str(file), *flags)
     assert found.storage == "here" and [server.models for server in found.backends] == [["c"]]
+    assert found.video.folder == Path("there")
     file.write_text("gateway: {backends: [{url: http://h:1, models: [a]}], no_auth: true, storage: s3://b/x}\n")
     found = settings("--config", str(file))
     assert found.storage == "s3://b/x" and found.video.folder == Path("marina-jobs")

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tools.gateway.errors import GatewayError
 from tools.gateway.job_queue import JobQueue, Record
+from tools.gateway.jobs import Wishes, check_classes
 from tools.gateway.listing import new_name, page
 from tools.gateway.settings import Video
 
@@ -28,6 +30,16 @@ def test_names_sort_by_age() -> None:
     names = [new_name(seconds) for seconds in (9, 10, 255, 256, 2**31)]
     assert names == sorted(names) and {len(name) for name in names} == {32}
     assert new_name(9) != names[0]
+
+
+def test_classes_of_a_video_are_those_of_the_model() -> None:
+    labels = ["cat", "Straße", "salt, pepper"]
+    for classes in (None, "cat", "2, Straße", "salt, pepper"):
+        check_classes(Wishes(classes=classes), labels)
+    for classes in ("unicorn", "cat,unicorn", "3", ""):
+        with pytest.raises(GatewayError, match="class") as caught:
+            check_classes(Wishes(classes=classes), labels)
+        assert caught.value.status == 400
 
 
 @pytest.fixture

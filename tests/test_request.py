@@ -122,14 +122,21 @@ def test_instances_are_limited():
 def test_base64_is_limited_before_it_is_decoded():
     # The size itself is checked exactly where the picture is decoded.
     fits = base64.encodebytes(bytes(LIMITS.max_bytes)).decode()
-    assert len(read({"body": fits}).instances[0].body) == LIMITS.max_bytes
+    assert len(read({"body": {"b64": fits}}).instances[0].body) == LIMITS.max_bytes
     with pytest.raises(ImageTooLarge, match="more than the 20000000 allowed"):
         read({"body": {"b64": "A" * 30_000_000}})
 
 
 def test_other_bytes_go_on_to_the_decoder():
-    for body in (b"hello", b"%PDF-1.7 x", b"abcde", JPEG[:50], b"\0" * 8):
+    """Words that are base64 by chance included, so that a refusal shows what was sent."""
+    for body in (b"hello", b"%PDF-1.7 x", b"abcde", b"nonsense", b"=" * 4, JPEG[:50], b"\0" * 8):
         assert read({"body": body}, {"Content-Type": "image/jpeg"}).instances[0].body == body
+
+
+def test_text_that_is_no_picture_is_shown_as_it_came():
+    for text in ("nonsense", "hello world", base64.b64encode(b"no picture").decode()):
+        with pytest.raises(UnsupportedMedia, match=f"text that begins with '{text[:20]}'"):
+            read({"body": text})
 
 
 @pytest.mark.timeout(60)

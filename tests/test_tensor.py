@@ -41,7 +41,7 @@ def test_tensors_in_a_batch_get_the_rows_of_the_network(small_pipeline: Pipeline
         ({"shape": "640,640"}, 400, "Marina-Shape is '640,640'; send the shape as 3,H,W"),
         ({"shape": "3,-64,64"}, 400, "send the shape as 3,H,W"),
         ({"shape": "1,64,64"}, 400, "this model takes 3 channels, height and width multiples of 32"),
-        ({"shape": "3,60,64"}, 400, "multiples of 32"),
+        ({"shape": "3,60,64"}, 400, "the tensor's shape is 3,60,64; this model takes"),
         ({"shape": "3,0,64"}, 400, "multiples of 32"),
         ({"shape": "3,64,96"}, 400, "has 49152 bytes, but float32 of 3,64,96 has 73728"),
         ({"shape": "3,320000,320000"}, 413, "more than the"),
@@ -52,6 +52,12 @@ def test_a_wrong_tensor_is_one_line(small_pipeline: Pipeline, change: dict, stat
     wrong, good = ask(small_pipeline, request(np.zeros((3, 64, 64)), **change), request(np.zeros((3, 64, 64))))
     assert (wrong.status, good.status) == (status, 200)
     assert message in json.loads(wrong.body)["message"]
+
+
+def test_bytes_as_floats_are_refused_and_a_little_overshoot_is_not(small_pipeline: Pipeline) -> None:
+    bright, good = ask(small_pipeline, request(scene(64, 64).transpose(2, 0, 1)), request(np.full((3, 64, 64), 1.2)))
+    assert (bright.status, good.status) == (400, 200)
+    assert "send RGB in 0..1" in json.loads(bright.body)["message"]
 
 
 @pytest.mark.parametrize("body", [b"", np.full((3, 64, 64), np.nan, "<f4").tobytes(), "text", {"instances": []}])

@@ -23,7 +23,7 @@ COMMANDS = {
     "tune": ("tools.tune.command", "the engine, workers and batches that serve a recipe fastest on this machine"),
 }
 
-# What `pip install marina` leaves out, and the extra that brings it.
+# What `pip install .` leaves out, and the extra that brings it.
 EXTRAS = {
     "aiohttp": "gateway",
     "av": "client",
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        print(f"marina: {args.command} needs {package}; pip install 'marina[{EXTRAS[package]}]'", file=sys.stderr)
+        print(f"marina: {args.command} needs {package}; pip install '.[{EXTRAS[package]}]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

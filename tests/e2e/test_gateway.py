@@ -28,6 +28,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from serve_command import Command
 
 from tools.gateway.auth import new_key
 from tools.serve.server import TorchServe
@@ -150,6 +151,23 @@ def test_options_are_fields_and_the_form_is_format_or_accept(gateway: Gateway, p
     assert detect(gateway, picture, format="yolo").headers["content-type"].startswith("text/plain")
 
 
+def test_options_are_query_parameters_too(gateway: Gateway, picture: bytes) -> None:
+    def post(path: str, **fields: str) -> httpx.Response:
+        return gateway.client.post(path, files={"file": picture}, data=fields)
+
+    for path, status in (("/detect", 200), ("/uploads", 201)):
+        answer = post(f"{path}?classes=star&score_threshold=0.9", score_threshold="0.8")
+        assert answer.status_code == status
+        assert {detection["label"] for detection in answer.json()["detections"]} == {"star"}
+        assert len(answer.json()["detections"]) > len(
+            detect(gateway, picture, classes="star", score_threshold="0.9").json()["detections"]
+        )
+        refused = post(f"{path}?speed=1")
+        assert refused.status_code == 400 and "query parameter 'speed'" in refused.json()["message"]
+        if status == 201:
+            gateway.client.delete(f"/uploads/{answer.json()['id']}")
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "says"),
     [
@@ -161,7 +179,7 @@ def test_options_are_fields_and_the_form_is_format_or_accept(gateway: Gateway, p
         ({"score_threshold": "1\r\nX: y"}, 400, "Marina-Score-Threshold"),
         ({"classes": "dog"}, 400, "unknown class"),
         ({"classes": "Straße"}, 400, "Marina-Classes"),
-        ({"nonsense": "1"}, 400, "unknown field 'nonsense'"),
+        ({"nonsense": "1"}, 400, "unknown field or query parameter 'nonsense'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
@@ -174,6 +192,13 @@ def test_what_cannot_be_is_refused_in_one_line(
 def test_a_damaged_picture_is_the_callers_fault(gateway: Gateway, picture: bytes) -> None:
     answer = detect(gateway, picture[: len(picture) // 2])
     assert answer.status_code == 400 and answer.json()["type"] == "InvalidImage"
+
+
+def test_a_form_that_cannot_be_read_is_the_callers_alone(gateway: Gateway) -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = gateway.client.post("/detect", content=b"nonsense", headers=headers)
+    assert answer.status_code == 400 and "cannot be read" in answer.json()["message"]
+    assert "boundary" not in gateway.log.read_text()
 
 
 def test_models_say_what_is_live(gateway: Gateway) -> None:
@@ -335,31 +360,40 @@ def test_a_body_that_stops_and_one_that_is_too_large_do_not_hold_the_gateway(gat
     assert "Traceback" not in gateway.log.read_text()
 
 
-def test_a_torchserve_that_dies_is_503_and_comes_back_by_itself(
+def test_a_torchserve_that_is_killed_is_503_and_comes_back_by_itself(
     repository: Path, shapes_server: TorchServe, tmp_path: Path, picture: bytes
 ) -> None:
-    store = shapes_server.archives[0].path.parent
-    with TorchServe(store, port=0) as server:
-        port = server.port
-        gateway = Gateway(repository, tmp_path / "gateway", server, {})
+    """Started again, it has another token, in the same file."""
+    token = tmp_path / "token"
+    served = ("--store", str(shapes_server.archives[0].path.parent), "--token-file", str(token), "--port")
+    answers = r"shapes.* (http://127.0.0.1:(\d+))/predictions"
+    command = Command(repository, tmp_path / "first", *served, "0")
+    gateway = None
+    try:
+        url, port = command.await_line(answers).groups()
+        backends = [{"url": url, "token_file": str(token), "models": ["shapes"]}]
+        gateway = Gateway(repository, tmp_path / "gateway", shapes_server, {}, backends=backends)
         gateway.await_up()
         assert detect(gateway, picture).status_code == 200
-        os.killpg(server.pid, signal.SIGKILL)
-    try:
+        command.kill()
         for answer in (detect(gateway, picture), detect(gateway, picture)):
             assert answer.status_code == 503 and int(answer.headers["Retry-After"]) >= 1
-            assert answer.json()["type"] == "BackendDown" and str(port) not in answer.text
+            assert answer.json()["type"] == "BackendDown" and port not in answer.text
         assert gateway.client.get("/readyz").status_code == 503
         assert gateway.client.get("/healthz").status_code == 200
         (model,) = gateway.client.get("/models").json()["models"]
         assert not model["healthy"] and model["version"] == "1.0"
-        with TorchServe(store, port=port) as server:
-            gateway.token_file.write_text(server.token)
-            deadline = time.monotonic() + 30
-            while detect(gateway, picture).status_code != 200:
-                assert time.monotonic() < deadline, gateway.log.read_text()
-                time.sleep(0.1)
-            assert gateway.client.get("/readyz").status_code == 200
-        assert server.url in gateway.log.read_text() and "is down" in gateway.log.read_text()
+        first_token = token.read_text()
+        command = Command(repository, tmp_path / "second", *served, port)
+        command.await_line(answers)
+        assert token.read_text() != first_token
+        deadline = time.monotonic() + 30
+        while detect(gateway, picture).status_code != 200:
+            assert time.monotonic() < deadline, gateway.log.read_text()
+            time.sleep(0.1)
+        assert gateway.client.get("/readyz").status_code == 200
+        assert url in gateway.log.read_text() and "is down" in gateway.log.read_text()
     finally:
-        gateway.stop()
+        command.kill()
+        if gateway is not None:
+            gateway.stop()

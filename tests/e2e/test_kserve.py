@@ -313,12 +313,23 @@ BAD: list[tuple[Callable[[Client], Any], int, str, str]] = [
         "INVALID_ARGUMENT",
         "does not go",
     ),
-    (lambda c: c.ask("images", np.zeros((1, 3, 32, 33), np.float32)), 400, "INVALID_ARGUMENT", "multiples of 32"),
+    (
+        lambda c: c.ask("images", np.zeros((1, 3, 32, 33), np.float32)),
+        400,
+        "INVALID_ARGUMENT",
+        r"images of shape \[1, 3, 32, 33\]: .*multiples of 32",
+    ),
+    (
+        lambda c: c.ask("images", np.full((1, 3, 32, 32), 255, np.float32)),
+        400,
+        "INVALID_ARGUMENT",
+        r"images of shape .*: the tensor holds values up to 255; send RGB in 0\.\.1",
+    ),
     (
         lambda c: c.ask("images", np.full((2, 3, 32, 32), np.nan, np.float32)),
         400,
         "INVALID_ARGUMENT",
-        r"images\[0\]: .*finite",
+        r"images\[0\] of shape .*: .*finite",
     ),
     (
         lambda c: c.ask("images", np.zeros((1, 32, 32, 3), np.float32)),

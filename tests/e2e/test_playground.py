@@ -10,7 +10,7 @@ import httpx
 import pytest
 from gateway_server import GatewayProcess
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from tools.serve.server import TorchServe
 
@@ -106,6 +106,23 @@ def test_sample_is_answered_as_the_server_does(page: Page, gateway: GatewayProce
     )
     assert all(abs(seen - wanted) < 40 for seen, wanted in zip(pixel, (230, 159, 0, 255), strict=True))
     assert page.said == []
+
+
+def test_the_chosen_picture_is_shown_while_the_server_is_asked(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/detect", lambda route: held.append(route))
+    page.click("[data-sample='sample-1.jpg']")
+    expect(page.locator("figcaption")).to_have_text("sample-1.jpg")
+    expect(page.locator("canvas")).to_have_attribute("aria-label", "Picture, not answered yet")
+    corner = page.evaluate("() => [...document.querySelector('canvas').getContext('2d').getImageData(3, 3, 1, 1).data]")
+    with Image.open(PAGE / "sample-1.jpg") as image:
+        assert all(abs(a - b) < 25 for a, b in zip(corner, image.getpixel((3, 3)), strict=False))
+    expect(page.locator("#status")).to_have_text("Asking …")
+    while not held:
+        page.wait_for_timeout(20)
+    held[0].continue_()
+    expect(page.locator("#status")).to_have_text("shapes 1.0: 7 boxes.")
+    expect(page.locator("figcaption")).to_have_text("shapes 1.0")
 
 
 def test_sliders_act_at_once_as_the_server_would(page: Page, gateway: GatewayProcess) -> None:
@@ -214,7 +231,8 @@ def test_wrong_files(page: Page) -> None:
     expect(page.locator("#problem")).to_contain_text("The gateway refused this: ")
     expect(page.locator("#problem")).not_to_contain_text("none of JPEG")
     expect(page.locator("#again")).to_be_hidden()
-    expect(page.locator("canvas")).to_have_count(0)
+    expect(page.locator("dt")).to_have_count(0)
+    expect(page.locator("#copies")).to_be_hidden()
     pick(page)
     expect(page.locator("#problem")).to_be_hidden()
 
@@ -247,7 +265,7 @@ def test_dead_server_is_told_and_comes_back(page: Page, gateway: GatewayProcess)
     try:
         page.click("[data-sample='sample-1.jpg']")
         expect(page.locator("#problem")).to_contain_text("The model server does not answer now")
-        expect(page.locator("#problem")).to_contain_text("Try again in 2 s.")
+        expect(page.locator("#problem")).to_contain_text("asked again by itself. Try again in 2 s.")
     finally:
         gateway.relay.mend()
     for _ in range(30):

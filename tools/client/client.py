@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 TIMEOUT_S = 30.0
 RETRIES = 3
-CONCURRENCY = 4
+CONCURRENCY = 8
 
 
 class Asked(NamedTuple):
@@ -111,7 +111,8 @@ class AsyncClient:
         """An answer for each picture or frame of `sources`, in order; see `tools.client.sources`.
 
         One that cannot be read, or that the server refuses, has its `error` set, and the others go on. Raises
-        ServerUnavailable, ServerFailed, or ServerRefused for what would meet every picture.
+        ToolError for a single source that is none, ServerUnavailable, ServerFailed, or ServerRefused for what would
+        meet every picture.
         """
         async with aclosing(self.ask(Shots(find_sources(sources)))) as stream:
             async for asked in stream:

@@ -32,7 +32,7 @@ class PredictSettings(Strict):
         None, ge=0, le=1, description="IoU from which boxes are suppressed (default: the model's)"
     )
     max_det: int | None = Field(None, ge=1, description="detections in a picture at most (default: the model's)")
-    classes: list[str] | None = Field(None, description="only these classes, names or indices")
+    classes: str | None = Field(None, description="only these classes, names or indices, separated by commas")
     agnostic_nms: bool = Field(False, description="suppress boxes across classes")
     format: Literal["table", "jsonl", "coco", "yolo", "csv"] = Field(
         "table", description="of the results on stdout; yolo goes into DIR of --save, a text file a picture"
@@ -68,10 +68,11 @@ def run(args: argparse.Namespace) -> int:
     from tools.client.sources import Shots, find_sources
     from tools.progress import Progress
 
-    sources = list(find_sources(args.source))
+    # A single source that is none is a mistake; of several the others go on.
+    sources = list(find_sources(args.source if len(args.source) > 1 else args.source[0]))
     if settings.save is not None:
         check_folder(settings.save, [one.place for one in sources if isinstance(one.place, Path)])
-    total = len(sources) if all(one.kind == "picture" for one in sources) else None
+    total = len(sources) if all(one.kind in ("picture", "none") for one in sources) else None
     with (
         Client(
             settings.url,

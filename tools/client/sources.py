@@ -40,6 +40,7 @@ YOUTUBE = ("youtube.com", "youtu.be")
 LIVE_RATE = Fraction(30)  # frames a second of a saved live source, whose own times are kept
 JPEG_QUALITY = 95
 FETCH_TIMEOUT_S = 30.0
+LONGEST_NAME = 200  # of a source that is none
 
 # Paths, URLs and names of live sources as text, or encoded pictures: one or many.
 Given: TypeAlias = str | Path | bytes | Iterable[str | Path | bytes]
@@ -88,10 +89,12 @@ class Shot:
 
 @dataclass(frozen=True)
 class Source:
-    """One picture, video or live source. place: a path, URL, number of a webcam or part of the screen."""
+    """One picture, video or live source, or one that is none. place: a path, URL, number of a webcam or part of the
+    screen. reason: why it is none."""
 
-    kind: Literal["picture", "video", "live"]
+    kind: Literal["picture", "video", "live", "none"]
     place: str | Path | bytes
+    reason: str = ""
 
     @property
     def name(self) -> str:
@@ -100,7 +103,7 @@ class Source:
 
 def one_shot(source: str | Path | bytes) -> Shot:
     """Of a single picture. Raises ToolError for what is none."""
-    found = list(find_sources([source]))
+    found = list(find_sources(source))
     if len(found) != 1 or found[0].kind != "picture":
         raise ToolError(f"{source!r} is no single picture; use predict_many")
     return _picture(found[0])
@@ -137,6 +140,8 @@ class Shots:
                 return
             if source.kind == "picture":
                 yield _picture(source)
+            elif source.kind == "none":
+                yield _broken(source.name, source.reason)
             else:
                 yield from self._frames(source)
 
@@ -178,18 +183,34 @@ def _encode(pixels: "np.ndarray") -> bytes:
 
 
 def find_sources(given: Given) -> Iterator[Source]:
-    """What each of `given` stands for. Raises ToolError, naming it, where there is nothing."""
-    for one in [given] if isinstance(given, str | Path | bytes) else given:
-        if isinstance(one, bytes):
-            yield Source("picture", one)
-            continue
-        try:
-            yield from _find(str(one))
-        except (OSError, ValueError) as error:  # of a name that no file can have, a folder that may not be read
-            raise ToolError(f"source {str(one)[:200]!r} cannot be read ({error})") from error
+    """What each of `given` stands for; of several, or in a list, one that is nothing is a source of kind `none`.
+
+    Raises ToolError, naming it, for a single one.
+    """
+    if isinstance(given, bytes):
+        yield Source("picture", given)
+    elif isinstance(given, str | Path):
+        yield from _find(str(given))
+    else:
+        for one in given:
+            yield from find_sources(one) if isinstance(one, bytes) else _find_or_none(str(one))
+
+
+def _find_or_none(text: str) -> Iterator[Source]:
+    try:
+        yield from _find(text)
+    except ToolError as error:
+        yield Source("none", text[:LONGEST_NAME], str(error).removeprefix(f"source {text} "))
 
 
 def _find(text: str) -> Iterator[Source]:
+    try:
+        yield from _look(text)
+    except (OSError, ValueError) as error:  # of a name that no file can have, a folder that may not be read
+        raise ToolError(f"source {text[:LONGEST_NAME]!r} cannot be read ({error})") from error
+
+
+def _look(text: str) -> Iterator[Source]:
     path = Path(text)
     scheme, separator, _ = text.partition("://")
     if separator:
@@ -234,7 +255,7 @@ def _in_list(path: Path) -> Iterator[Source]:
         if local.is_file() and local.suffix.lower() in LISTS:
             raise ToolError(f"list {path} names another list, {line}; name what is in it")
         named = "://" in line or line.isdecimal() or line.startswith("screen")
-        yield from _find(line if named and not local.exists() else str(local))
+        yield from _find_or_none(line if named and not local.exists() else str(local))
 
 
 def _of_url(url: str, scheme: str) -> Source:

@@ -62,7 +62,15 @@ class BackendAnswer(NamedTuple):
 
 
 class _Down(Exception):
-    """A replica gives no answer; the text says why, for the log."""
+    """A replica gives no answer; the text says why, for the log. told: what callers may know of it."""
+
+    told = "does not answer"
+
+
+class _NoToken(_Down):
+    """It cannot be asked: the gateway has no token, or one that is not taken."""
+
+    told = "cannot be asked: the gateway's token is not accepted"
 
 
 class _Late(_Down):
@@ -80,6 +88,7 @@ class _Replica:
         self._server = server
         self._client = client
         self._url = f"{server.url}/predictions/{quote(name, safe='')}"
+        self.told = _Down.told
         self._authorization = ""
         self._reason = ""
 
@@ -87,16 +96,19 @@ class _Replica:
         return f"{self.name} on {self._server.url}"
 
     def read_token(self) -> None:
-        """Anew each time: a TorchServe that was started again has another token. Raises _Down."""
+        """Anew each time: a TorchServe that was started again has another token. Raises _NoToken."""
         if self._server.token_file is None:
             return
         try:
-            self._authorization = f"Bearer {self._server.token_file.read_text().strip()}"
-        except OSError as error:
-            raise _Down(f"token file {self._server.token_file} cannot be read ({error.strerror})") from error
+            token = self._server.token_file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise _NoToken(f"token file {self._server.token_file} cannot be read ({error})") from error
+        if not token.isprintable():
+            raise _NoToken(f"token file {self._server.token_file} holds more than a token")
+        self._authorization = f"Bearer {token}"
 
     async def ask(self, version: str | None, body: bytes, headers: Mapping[str, str], timeout: float) -> BackendAnswer:
-        """Raises _Down when there is no answer, or the token is refused."""
+        """Raises _Down when there is no answer, _NoToken when the token is refused."""
         sent = {"Authorization": self._authorization, **headers} if self._authorization else headers
         url = URL(self._url if version is None else f"{self._url}/{version}", encoded=True)
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT_S)
@@ -112,7 +124,7 @@ class _Replica:
             self.under_way -= 1
         # TorchServe has no 401.
         if answer.status == 400 and b"InvalidKeyException" in content:
-            raise _Down("it refuses the token")
+            raise _NoToken("it refuses the token")
         return BackendAnswer(answer.status, answer.headers.get("Content-Type", JSON), content)
 
     async def describe(self, version: str | None = None) -> Model:
@@ -160,7 +172,7 @@ class _Replica:
         if str(error) != self._reason:
             logger.warning("%s is down: %s", self, error)
             self._reason = str(error)
-        self.up = False
+        self.up, self.told = False, error.told
         self.model = self.model.model_copy(update={"healthy": False})
         self.failed.set()
 
@@ -227,7 +239,7 @@ class Backend:
             return await replica.describe(version)
         except _Down as error:
             replica.doubt(error)
-            raise backend_down(name) from error
+            raise backend_down(name, error.told) from error
 
     async def predict(
         self, model: str, version: str | None, body: bytes, content_type: str, headers: Mapping[str, str]
@@ -244,7 +256,7 @@ class Backend:
             answer = await replica.ask(version, body, sent, replica.timeout_s)
         except _Down as error:
             replica.fail(error)
-            raise backend_down(model) from error
+            raise backend_down(model, error.told) from error
         if answer.status == 404:
             raise unknown_version(model, version)
         if answer.status == 503:
@@ -281,7 +293,7 @@ class Backend:
             raise unknown_version(name, version)
         up = [replica for replica in replicas if replica.up]
         if not up:
-            raise backend_down(name)
+            raise backend_down(name, replicas[0].told)
         return min(up, key=lambda replica: replica.under_way)
 
 
@@ -289,9 +301,9 @@ def unknown_version(name: str, version: str | None) -> GatewayError:
     return GatewayError(404, "UnknownModel", f"model {name!r} has no version {(version or '')[:80]!r}; leave it out")
 
 
-def backend_down(name: str) -> GatewayError:
+def backend_down(name: str, told: str) -> GatewayError:
     return GatewayError(
-        503, "BackendDown", f"the server of model {name!r} does not answer; it is asked again by itself", RETRY_AFTER_S
+        503, "BackendDown", f"the server of model {name!r} {told}; it is asked again by itself", RETRY_AFTER_S
     )
 
 

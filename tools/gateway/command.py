@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from handlers.errors import MarinaError
 from tools.config import add_flags, settle
 from tools.errors import ToolError
-from tools.gateway.settings import Flags, Settings
+from tools.gateway.settings import Flags, Settings, Video
 from tools.serve.command import is_loopback
 from tools.serve.process import bindable_port
 
@@ -23,8 +23,11 @@ GRACE_S = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, Flags, "gateway")
     parser.add_argument("--backend", metavar="URL", help="the TorchServe behind it; several only in the file")
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="its token, which `marina serve` prints")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="its token, where `marina serve` writes it")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="its models that are offered here")
+    parser.add_argument(
+        "--video-folder", type=Path, metavar="DIR", help=f"where video jobs lie (default {Video().folder})"
+    )
     parser.add_argument(
         "--no-auth", action="store_true", default=argparse.SUPPRESS, help="answer callers that show no key"
     )
@@ -46,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     logging.getLogger("tools.gateway").setLevel(logging.INFO)
+    # A form that cannot be read is the caller's mistake, who is told.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     port = bindable_port(settings.host, settings.port)
     if settings.grpc_port is not None:
         settings = settings.model_copy(update={"grpc_port": bindable_port(settings.host, settings.grpc_port)})
@@ -119,7 +124,11 @@ def read_settings(args: argparse.Namespace) -> Settings:
     if given:
         args.backends = [given]
     settings = settle(args, Settings, "gateway")
-    return settings if args.config is None else settings.model_copy(update=_beside(settings, args))
+    if args.config is not None:
+        settings = settings.model_copy(update=_beside(settings, args))
+    if args.video_folder is None:
+        return settings
+    return settings.model_copy(update={"video": settings.video.model_copy(update={"folder": args.video_folder})})
 
 
 def _beside(settings: Settings, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,5 +1,9 @@
-"""`multipart/form-data` with one picture and its options, read without temporary files."""
+"""`multipart/form-data` with one picture and its options, read without temporary files.
 
+Options may be query parameters too; a field is nearer and wins, as in `handlers.request`.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,23 +21,30 @@ MOST_HEADER_BYTES = 20_000
 # The picture is known by its own first bytes, whatever the client calls it.
 BODY_TYPE = "application/octet-stream"
 
-_FIELDS = {
-    "file": {"type": "string", "format": "binary", "description": f"the picture: {ACCEPTED}"},
-    "model": {"type": "string", "description": "may be left out where only one is served"},
-    "version": {"type": "string", "description": "without it the one that the server serves by default"},
+_FILE = {"type": "string", "format": "binary", "description": f"the picture: {ACCEPTED}"}
+_MODEL = {
+    "model": "may be left out where only one is served",
+    "version": "without it the one that the server serves by default",
 }
 
 
 def form_schema(*options: str) -> dict[str, Any]:
-    """For a route's `openapi_extra`: the fields, `options` among them."""
-    fields = _FIELDS | {name: {"type": "string", "description": ALLOWED[name]} for name in options}
+    """For a route's `openapi_extra`: the fields, and the query parameters that say the same."""
+    texts = _MODEL | {name: ALLOWED[name] for name in options}
+    fields = {"file": _FILE} | {name: {"type": "string", "description": text} for name, text in texts.items()}
     schema = {"type": "object", "required": ["file"], "properties": fields, "additionalProperties": False}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+    query = [
+        {"name": name, "in": "query", "schema": {"type": "string"}, "description": "in place of the field"}
+        for name in texts
+    ]
+    body = {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+    return {"parameters": query, "requestBody": body}
 
 
 @dataclass
 class Form:
-    """picture: encoded. filename: the client's, for people to read and for nothing else."""
+    """picture: encoded. filename: the client's, for people to read and for nothing else. fields: the query parameters
+    among them."""
 
     picture: bytes
     filename: str
@@ -42,9 +53,11 @@ class Form:
     def headers(self, *options: str) -> dict[str, str]:
         """The options as headers of a prediction. Raises GatewayError 400 for a field that is none of `options`."""
         for name in self.fields:
-            if name not in ("model", "version", *options):
-                known = ", ".join(("file", "model", "version", *options))
-                raise GatewayError(400, "InvalidOption", f"unknown field {name[:80]!r}; known: {known}")
+            if name not in (*_MODEL, *options):
+                known = ", ".join(("file", *_MODEL, *options))
+                raise GatewayError(
+                    400, "InvalidOption", f"unknown field or query parameter {name[:80]!r}; known: {known}"
+                )
         return {
             f"Marina-{name.replace('_', '-').title()}": value for name, value in self.fields.items() if name in options
         }
@@ -70,25 +83,34 @@ async def read_form(request: Request) -> Form:
         raise GatewayError(400, "InvalidForm", f"the multipart body cannot be read: {error}") from error
     if not parts.complete:
         raise GatewayError(400, "InvalidForm", "the multipart body ends before its last boundary")
-    return _as_form(parts)
+    form = _as_form(parts)
+    form.fields = _once("query parameter", request.query_params.multi_items()) | form.fields
+    return form
+
+
+def _once(what: str, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Raises GatewayError 400 for a name that is there twice."""
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        if name in found:
+            raise GatewayError(400, "InvalidOption", f"{what} {name[:80]!r} is there twice; send it once")
+        found[name] = value
+    return found
 
 
 def _as_form(parts: "_Parts") -> Form:
     files = [part for part in parts.found if part.name == "file"]
-    if len(files) != 1 or not files[0].size:
-        seen = f"{len(files)} parts named 'file'" if len(files) != 1 else "an empty part 'file'"
-        raise GatewayError(400, "EmptyBody", f"there is {seen}; send one picture, curl -F file=@photo.jpg")
+    if len(files) > 1:
+        raise GatewayError(400, "InvalidForm", f"the form has {len(files)} parts named 'file'; send one picture")
+    if not files or not files[0].size:
+        seen = "the part named 'file' is empty" if files else "the form has no part named 'file'"
+        raise GatewayError(400, "EmptyBody", f"no picture arrived: {seen}; use curl -F file=@photo.jpg")
     picture = b"".join(files[0].chunks)
     if sniff(picture) is None:
         raise GatewayError(415, "UnsupportedMedia", f"the file is none of {ACCEPTED}; it begins with {picture[:8]!r}")
-    fields = {}
-    for part in parts.found:
-        if part.name == "file":
-            continue
-        if part.name in fields:
-            raise GatewayError(400, "InvalidOption", f"field {part.name[:80]!r} is there twice; send it once")
-        fields[part.name] = b"".join(part.chunks).decode("utf-8", errors="replace")
-    return Form(picture, files[0].filename, fields)
+    others = [part for part in parts.found if part.name != "file"]
+    texts = ((part.name, b"".join(part.chunks).decode("utf-8", errors="replace")) for part in others)
+    return Form(picture, files[0].filename, _once("field", texts))
 
 
 @dataclass

@@ -118,7 +118,10 @@ class JobQueue:
             self._lock = (self._folder / "lock").open("wb")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ToolError(f"video folder {self._folder} is used by another gateway; give each its own") from error
+            raise ToolError(
+                f"video folder {self._folder} is used by another gateway; give each its own,"
+                " by --video-folder or video.folder in the file"
+            ) from error
         except OSError as error:
             raise ToolError(f"video folder {self._folder} cannot be used ({error.strerror})") from error
         for record in sorted(self._take_up(), key=lambda record: record.created):

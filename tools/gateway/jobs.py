@@ -11,7 +11,8 @@ from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from handlers.options import ALLOWED
+from handlers.errors import InvalidOption
+from handlers.options import ALLOWED, Options, parse_options
 from tools.errors import ToolError
 from tools.gateway.auth import Who
 from tools.gateway.errors import GatewayError, responses
@@ -20,6 +21,8 @@ from tools.gateway.listing import After, Limit, new_name
 from tools.gateway.services import Services
 from tools.video.frames import VideoFile
 
+# What the classes of a request are read beside.
+_ANY_OPTIONS = Options(0.0, 0.0, 1, class_agnostic=False, classes=None, format="detections")
 _BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -78,6 +81,7 @@ def router(services: Services) -> APIRouter:
             raise GatewayError(415, "UnsupportedMedia", "send the video itself, no form: curl -X POST -T clip.mp4")
         name = services.backend.name_or_only(wishes.model)
         model = await services.backend.model(name, wishes.version)
+        check_classes(wishes, model.labels)
         now = datetime.now(UTC)
         job = new_name(int(now.timestamp()))
         with jobs.arriving(job) as source:
@@ -127,6 +131,16 @@ def router(services: Services) -> APIRouter:
         await jobs.remove(jobs.find(job, who.owner).id)
 
     return routes
+
+
+def check_classes(wishes: Wishes, labels: list[str]) -> None:
+    """As the model itself would at the first frame. Raises GatewayError 400."""
+    if wishes.classes is None:
+        return
+    try:
+        parse_options({"classes": wishes.classes}, _ANY_OPTIONS, labels)
+    except InvalidOption as error:
+        raise GatewayError(400, "InvalidOption", str(error)) from error
 
 
 async def _receive(request: Request, path: Path) -> None:

@@ -52,7 +52,7 @@ class Video(Strict):
     folder: Path = Path("marina-jobs")
     max_bytes: int = Field(500_000_000, gt=0)
     queue: int = Field(8, gt=0, description="jobs that wait or run")
-    concurrency: int = Field(4, gt=0, description="frames under way at once")
+    concurrency: int = Field(8, gt=0, description="frames under way at once")
     ttl_s: int = Field(86_400, gt=0, description="how long a finished job is kept")
 
 

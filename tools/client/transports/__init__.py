@@ -22,6 +22,8 @@ ERROR_FIELDS = {"code", "type", "message"}
 NOT_TRUSTED = "CERTIFICATE_VERIFY_FAILED"
 # A server that refuses a token names it so.
 WRONG_KEY = "InvalidKeyException"
+# The gateway's name for a path that it does not have, such as TorchServe's.
+NO_PATH = "NotFound"
 
 
 class Transport(Protocol):
@@ -67,6 +69,8 @@ def read_answer(body: bytes | str, status: int = 200) -> Answer:
 def refused(status: int, kind: str, message: str) -> ServerRefused:
     if kind == WRONG_KEY or status in (401, 403):
         message += "; give the server's token, for the command by --token-file"
+    if kind == NO_PATH:
+        message += "; of a gateway use the protocol kserve"
     return ServerRefused(status, kind, message)
 
 

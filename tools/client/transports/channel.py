@@ -2,10 +2,14 @@
 
 import grpc
 
+from tools.client.errors import ServerError, ServerFailed
+from tools.client.transports import NOT_TRUSTED, distrusted
 from tools.errors import ToolError
 
 # Pictures may be large; the largest tensor that a server answers with has some ten MB.
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", 64 << 20)]
+# gRPC's words for a server that does not speak HTTP/2.
+NO_HTTP2 = "Expected SETTINGS frame"
 TLS = {"grpc": False, "http": False, "grpcs": True, "https": True}
 
 
@@ -20,3 +24,17 @@ def open_channel(url: str, authority: str | None) -> grpc.aio.Channel:
         roots = authority.encode() if authority else None
         return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(roots), options=OPTIONS)
     return grpc.aio.insecure_channel(address, options=OPTIONS)
+
+
+def wrong_address(url: str, error: grpc.aio.AioRpcError) -> ServerError | None:
+    """What speaks against `url` itself; None where a server of the right kind answers, or nobody."""
+    details = error.details() or ""
+    if NOT_TRUSTED in details:
+        return distrusted(url)
+    if NO_HTTP2 in details:
+        return ServerFailed(f"{url} does not speak gRPC; give the port that does, or http:// for one of HTTP")
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return ServerFailed(
+            f"{url} does not know the call ({details}); use the protocol grpc for TorchServe, kserve for a gateway"
+        )
+    return None

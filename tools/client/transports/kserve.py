@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.client.answer import Answer, Detection
 from tools.client.errors import TOO_LARGE, UNNAMED, ServerError, ServerFailed, ServerUnavailable
-from tools.client.transports import NOT_TRUSTED, Transport, distrusted, refused, retry_after, short
+from tools.client.transports import ERROR_FIELDS, Transport, refused, retry_after, short
 
 if TYPE_CHECKING:
     import httpx
@@ -111,9 +111,11 @@ class KServeGrpcTransport:
         await self._channel.close()
 
     def _reason(self, error: Any, size: int) -> ServerError:
+        from tools.client.transports.channel import wrong_address
+
+        if wrong := wrong_address(self._url, error):
+            return wrong
         code, text = error.code().name, short(error.details() or "")
-        if NOT_TRUSTED in (error.details() or ""):
-            return distrusted(self._url)
         if "larger than max" in text:
             return refused(TOO_LARGE, UNNAMED, f"a picture of {size:,} bytes is too large for the server")
         if code in BUSY:
@@ -125,13 +127,15 @@ class KServeGrpcTransport:
 
 
 def _error(response: "httpx.Response") -> ServerError:
-    """The reason in the protocol's form `{"error": "…"}`, or in that of a TorchServe which is asked by mistake."""
+    """The reason in the protocol's form `{"error": "…"}`; in another one it is a TorchServe, asked by mistake."""
     try:
         content = response.json()
-        return refused(
-            response.status_code, UNNAMED, str(content["error"] if "error" in content else content["message"])
-        )
-    except (KeyError, TypeError, ValueError):
+        if content.keys() >= ERROR_FIELDS:
+            return ServerFailed(
+                f"{response.url} is of a TorchServe, which says: {content['message']}; use the protocol rest"
+            )
+        return refused(response.status_code, UNNAMED, str(content["error"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
         return refused(response.status_code, UNNAMED, short(response.content) or "the server gives no reason")
 
 

@@ -12,8 +12,8 @@ import grpc
 
 from tools.client.answer import Answer
 from tools.client.errors import TOO_LARGE, ServerError, ServerFailed, ServerUnavailable
-from tools.client.transports import FORMAT, NOT_TRUSTED, WRONG_KEY, distrusted, read_answer, refused, short
-from tools.client.transports.channel import open_channel
+from tools.client.transports import FORMAT, WRONG_KEY, read_answer, refused, short
+from tools.client.transports.channel import open_channel, wrong_address
 from tools.proto.inference_pb2 import PredictionsRequest
 from tools.proto.inference_pb2_grpc import InferenceAPIsServiceStub
 
@@ -48,9 +48,9 @@ class TorchServeGrpcTransport:
         await self._channel.close()
 
     def _reason(self, error: grpc.aio.AioRpcError, size: int) -> ServerError:
+        if wrong := wrong_address(self._url, error):
+            return wrong
         code, text = error.code(), short(error.details() or "")
-        if NOT_TRUSTED in (error.details() or ""):
-            return distrusted(self._url)
         if code is grpc.StatusCode.UNAVAILABLE or NO_WORKER in text:
             return ServerUnavailable(f"{self._url} is busy, down or not to be reached: {text}")
         if code is grpc.StatusCode.PERMISSION_DENIED:

@@ -135,7 +135,7 @@ class Calls:
                     f"{PICTURES}[{index}] begins with {picture[:8]!r}, which is no {ACCEPTED} picture",
                 )
         headers = {**headers, "Marina-Format": "detections"}
-        bodies = await self._ask_all(name, version, PICTURES, pictures, OPAQUE, headers)
+        bodies = await self._ask_all(name, version, given, pictures, OPAQUE, headers)
         return [json.loads(body) for body in bodies]
 
     async def _rows(self, name: str, version: str | None, given: Tensor, data: bytes) -> tuple[str, list[Tensor]]:
@@ -146,7 +146,7 @@ class Calls:
         images = [data] if size == len(data) else [data[start : start + size] for start in range(0, len(data), size)]
         headers = {SHAPE_HEADER: ",".join(map(str, given.shape[1:]))}
         bodies, model = await asyncio.gather(
-            self._ask_all(name, version, IMAGES, images, TENSOR, headers), self._backend.model(name, version)
+            self._ask_all(name, version, given, images, TENSOR, headers), self._backend.model(name, version)
         )
         rows = len(bodies[0]) // (_columns(model) * NUMBERS["FP32"].itemsize)
         shape = (len(bodies), rows, _columns(model))
@@ -156,19 +156,19 @@ class Calls:
         self,
         name: str,
         version: str | None,
-        what: str,
+        given: Tensor,
         bodies: Sequence[bytes],
         content_type: str,
         headers: Mapping[str, str],
     ) -> list[bytes]:
-        """The answers in order; the first refusal is raised, with the index of its picture."""
+        """The answers to the elements of `given` in order; the first refusal is raised, with its place."""
         turn = asyncio.Semaphore(CONCURRENCY)
 
         async def ask(index: int, body: bytes) -> bytes:
             async with turn:
                 answer = await self._backend.predict(name, version, body, content_type, headers)
             if answer.status != 200:
-                raise _refusal(answer.status, answer.body, f"{what}[{index}]: " if len(bodies) > 1 else "")
+                raise _refusal(answer.status, answer.body, _place(given, index))
             return answer.body
 
         found = await asyncio.gather(*map(ask, range(len(bodies)), bodies), return_exceptions=True)
@@ -222,6 +222,12 @@ def _headers(parameters: Mapping[str, Any]) -> dict[str, str]:
             raise invalid(f"parameter {name!r} is {str(value)[:80]}; send a text, a number or a boolean")
         headers["Marina-" + name.title().replace("_", "-")] = str(value)
     return headers
+
+
+def _place(given: Tensor, index: int) -> str:
+    number = f"[{index}]" if given.shape[0] > 1 else ""
+    shape = f" of shape {list(given.shape)}" if len(given.shape) > 1 else ""
+    return f"{given.name}{number}{shape}: "
 
 
 def _refusal(status: int, body: bytes, where: str) -> GatewayError:

@@ -51,7 +51,7 @@ function explain(error) {
       : "This gateway wants an API key: enter yours at the top of the page.";
   }
   if (error.status === 429) return `Too many requests.${later}`;
-  if (error.status === 503) return `The model server does not answer now: ${error.message}${later}`;
+  if (error.status === 503) return `The model server does not answer now: ${error.message}.${later}`;
   if (error.status < 500) return `The gateway refused this: ${error.message}`;
   return `The gateway failed (${error.status}): ${error.message}`;
 }
@@ -121,6 +121,7 @@ async function choose(blob, name) {
   const bitmap = await createImageBitmap(blob).catch(() => null);
   if (turn !== state.turn) return;
   state.picture = { blob, name, bitmap };
+  if (bitmap) showChosen();
   await ask();
 }
 
@@ -162,10 +163,23 @@ async function detect(model, signal) {
   return { model, answer, elapsed: performance.now() - begin };
 }
 
+// Until there is an answer.
+function showChosen() {
+  const { name, bitmap } = state.picture;
+  const view = newView(name);
+  at("views").replaceChildren(view);
+  paint(view.querySelector("canvas"), "Picture, not answered yet", bitmap.width, bitmap.height);
+}
+
+function newView(caption) {
+  const view = at("view").content.cloneNode(true).firstElementChild;
+  view.querySelector("figcaption").textContent = caption;
+  return view;
+}
+
 function makeViews() {
   const views = state.answers.map((each) => {
-    const view = at("view").content.cloneNode(true).firstElementChild;
-    view.querySelector("figcaption").textContent = title(each.model);
+    const view = newView(title(each.model));
     each.canvas = view.querySelector("canvas");
     fillTiming(view, each);
     return view;
@@ -225,15 +239,20 @@ function title({ name, version }) {
 }
 
 function showPicture({ answer, boxes, canvas }) {
-  canvas.setAttribute("aria-label", `Picture with ${boxes.map(({ label }) => label).join(", ") || "no boxes"}`);
-  const ratio = answer.width / answer.height;
+  const label = `Picture with ${boxes.map(({ label }) => label).join(", ") || "no boxes"}`;
+  draw(paint(canvas, label, answer.width, answer.height), boxes, canvas.width / answer.width);
+}
+
+function paint(canvas, label, pictureWidth, pictureHeight) {
+  canvas.setAttribute("aria-label", label);
+  const ratio = pictureWidth / pictureHeight;
   const width = Math.min(canvas.parentElement.clientWidth, 0.85 * window.innerHeight * ratio);
   canvas.style.width = `${width}px`;
   canvas.width = Math.max(1, Math.round(width * window.devicePixelRatio));
   canvas.height = Math.max(1, Math.round(canvas.width / ratio));
   const context = canvas.getContext("2d");
   if (state.picture.bitmap) context.drawImage(state.picture.bitmap, 0, 0, canvas.width, canvas.height);
-  draw(context, boxes, canvas.width / answer.width);
+  return context;
 }
 
 function showClasses(counts) {
