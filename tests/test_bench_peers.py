@@ -153,7 +153,7 @@ def test_what_is_not_installed_is_a_row(
     missing: dict[str, str] = {}
     found = [contender.name for contender in compare._contenders(recipe, None, None, b"", tmp_path, missing)]
     assert found[:4] == [STOCK, STOCK_THREADS, "fastapi", "litserve"]
-    assert missing["mosec"] == "mosec is not installed; pip install 'marina[bench]'"
+    assert missing["mosec"] == "mosec is not installed; pip install '.[bench]'"
     assert sum("int8" in name for name in missing) == 2 and not any("int8" in name for name in found)
     assert "building: 0 of 8 archives" in capsys.readouterr().err
 
@@ -177,7 +177,7 @@ def network(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_peer_answers_as_we_do(name: str, recipe: Recipe, network: Path) -> None:
     if find_spec(name) is None:
-        pytest.skip(f"{name.upper()} MISSING: this peer is not tested; pip install 'marina[bench]'")
+        pytest.skip(f"{name.upper()} MISSING: this peer is not tested; pip install '.[bench]'")
     expected = json.loads(recipe.beside(recipe.golden[0].detections or "").read_text())["detections"]
     body = recipe.beside(recipe.golden[0].image).read_bytes()
     settings = {

@@ -75,6 +75,6 @@ def _download(url: str, sink: IO[bytes]) -> None:
                 sink.write(chunk)
                 progress.advance(len(chunk))
     except ImportError as error:
-        raise ToolError(f"{url} needs another package: {error}; pip install 'marina[s3]'") from error
+        raise ToolError(f"{url} needs another package: {error}; pip install '.[s3]'") from error
     except Exception as error:  # each file system has its own exceptions
         raise ToolError(f"{url} cannot be fetched: {error or type(error).__name__}") from error

@@ -40,7 +40,7 @@ def _wandb(settings: TrainSettings, run: Path) -> Logger:
             experiment=wandb.init(project=PROJECT, name=run.name, dir=run, config=config, settings=silent)
         )
     except ModuleNotFoundError as error:
-        raise ToolError("--wandb needs the package wandb: pip install 'marina[wandb]'") from error
+        raise ToolError("--wandb needs the package wandb: pip install '.[wandb]'") from error
     except (wandb.Error, OSError) as error:
         raise ToolError(f"W&B cannot start ({error}); log in, or set WANDB_MODE=offline") from error
 
@@ -56,7 +56,7 @@ def _mlflow(settings: TrainSettings, run: Path) -> Logger:
         logger = MLFlowLogger(PROJECT, run.name, uri, save_dir=str(run.resolve() / "mlruns"))
         logger.log_hyperparams(settings.model_dump(mode="json"))
     except ModuleNotFoundError as error:
-        raise ToolError("--mlflow needs the package mlflow-skinny: pip install 'marina[mlflow]'") from error
+        raise ToolError("--mlflow needs the package mlflow-skinny: pip install '.[mlflow]'") from error
     except (MlflowException, OSError) as error:
         raise ToolError(f"MLflow cannot start ({error}); see MLFLOW_TRACKING_URI") from error
     return logger

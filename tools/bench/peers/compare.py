@@ -273,7 +273,7 @@ def _contenders(
     write_network(plain, network)
     for name in OTHERS:
         if find_spec(name) is None:
-            missing[name] = f"{name} is not installed; pip install 'marina[bench]'"
+            missing[name] = f"{name} is not installed; pip install '.[bench]'"
         else:
             contenders.append(Contender(name, partial(peer, name, network, settings, body)))
     return contenders + ours
