@@ -17,6 +17,9 @@ COMMANDS = {
     "serve": ("tools.serve.command", "run TorchServe on a model store"),
     "predict": ("tools.client.command", "ask a server about pictures, folders, videos or streams"),
     "gateway": ("tools.gateway.command", "HTTP and KServe v2 before TorchServe: keys, limits, uploads, video, a page"),
+    "store": ("tools.store.command", "archives, weights, runs and data sets in S3 or a folder; tags; deployment"),
+    "pipeline": ("tools.pipeline.command", "data set to deployed archive in one run, here or as in a cluster"),
+    "image": ("tools.container.command", "the serving image with archives baked in"),
     "smoke": ("tools.smoke.command", "ask a running server for health, an answer and a refusal"),
     "doctor": ("tools.doctor.command", "what this machine lacks, and how to mend it"),
     "bench": ("tools.bench.command", "measure the handler and the build"),
@@ -48,6 +51,7 @@ EXTRAS = {
     "optuna": "train",
     "pytorch_lightning": "train",
     "rich": "train",
+    "s3fs": "s3",
     "tensorboard": "train",
     "wandb": "wandb",
 }
