@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 
 from handlers.errors import MarinaError
+from tools.container.bake import SERVING_IMAGE
 from tools.container.engine import NoEngine, any_engine, running_engine
-from tools.container.smoke import build_image, smoke
+from tools.container.smoke import build_image, size_of, smoke
 from tools.serve.store import find_archives
-
-TAG = "marina/serve"
 
 
 def run_image(args: argparse.Namespace) -> None:
@@ -31,8 +30,7 @@ def run_smoke(args: argparse.Namespace) -> None:
             find_archives(args.store)
             start = time.monotonic()
             build_image(engine, args.tag, args.base_image, args.torch_index)
-            size = int(engine.run("image", "inspect", "--format", "{{.Size}}", args.tag))
-            print(f"built in {time.monotonic() - start:.0f} s, {size / 1e9:.2f} GB", flush=True)
+            print(f"built in {time.monotonic() - start:.0f} s, {size_of(engine, args.tag)}", flush=True)
             smoke(engine, args.tag, args.store, print)
             print("image-smoke: passed")
     except NoEngine as error:
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function)
-        command.add_argument("--tag", default=TAG)
+        command.add_argument("--tag", default=SERVING_IMAGE)
         command.add_argument("--base-image", help="a Debian 12 image, pinned by digest for a release")
         command.add_argument(
             "--torch-index", help="a package index with CPU builds of torch, for an image without CUDA"

@@ -35,18 +35,20 @@ class Engine:
     host: str | None = None
     private: bool = False
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process of the client needs to find this engine."""
+        return {**os.environ, "DOCKER_BUILDKIT": "1"} | ({"DOCKER_HOST": self.host} if self.host else {})
+
     def run(self, *arguments: str, check: bool = True, capture: bool = True) -> str:
         """Run `docker ARGUMENTS` and return its standard output and error, which `capture=False` lets through instead.
 
         Raises ToolError with the last lines of the client's output when it fails and `check` is set.
         """
-        environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
-        if self.host:
-            environment["DOCKER_HOST"] = self.host
         pipe = subprocess.PIPE if capture else None
         result = subprocess.run(
             [self.client, *arguments],
-            env=environment,
+            env=self.environment,
             stdout=pipe,
             stderr=subprocess.STDOUT if capture else None,
             text=True,
@@ -144,7 +146,7 @@ def wait_for_daemon(engine: Engine, daemon: subprocess.Popen[bytes], log: Path) 
 
 
 def make_base_image(engine: Engine, rootfs: Path) -> None:
-    """Import Debian 12, made of its packages, as BASE_IMAGE."""
+    """Import Debian 12, made of its packages, as BASE_IMAGE: without what the image of that name leaves out."""
     result = subprocess.run(
         ["debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm", str(rootfs)],
         capture_output=True,
@@ -152,7 +154,9 @@ def make_base_image(engine: Engine, rootfs: Path) -> None:
     )
     if result.returncode:
         raise NoEngine(f"no base image: debootstrap failed: {' | '.join(result.stdout.strip().splitlines()[-2:])}")
-    left_out = [f"--exclude=./{path}/*" for path in ("proc", "sys", "dev", "var/cache/apt", "var/lib/apt/lists")]
+    texts = [f"usr/share/{name}" for name in ("doc", "man", "locale")]
+    folders = ["proc", "sys", "dev", "var/cache/apt", "var/lib/apt/lists", *texts]
+    left_out = [f"--exclude=./{folder}/*" for folder in folders]
     archive = rootfs.with_suffix(".tar")
     subprocess.run(["tar", "-C", str(rootfs), "--numeric-owner", *left_out, "-cf", str(archive), "."], check=True)
     engine.run("import", "--change", 'CMD ["bash"]', str(archive), BASE_IMAGE)
