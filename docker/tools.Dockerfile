@@ -1,9 +1,9 @@
 # The tools image: `marina`, for training, the steps of the pipeline and the gateway.
 #
 #   DOCKER_BUILDKIT=1 docker build -f docker/tools.Dockerfile -t marina/tools .
-#   docker run --rm --gpus all --shm-size 2g -v "$PWD:/work" --user "$(id -u)" marina/tools train --data data/cells
+#   docker run --rm --gpus all --shm-size 2g -v "$PWD:/workspace" --user "$(id -u)" marina/tools train --data data/cells
 #
-# Any --user will do. What is written goes to /work and /tmp. The workers that read pictures hand them over in /dev/shm;
+# Any --user will do. What is written goes to /workspace and /tmp. The workers that read pictures hand them over in /dev/shm;
 # where that is small they take a slower way, and say so.
 #
 # Build arguments and the secret: as in Dockerfile. Without TORCH_INDEX it holds the CUDA build of torch.
@@ -59,14 +59,14 @@ RUN --mount=type=secret,id=ca_bundle \
     && uv pip uninstall opencv-python \
     && uv pip install --no-deps --require-hashes -r /opencv.lock \
     && rm -f /tmp/all.lock /tmp/torch.lock \
-    && install -d -m 0775 /work
+    && install -d -m 0775 /workspace
 
 ENV HOME=/tmp \
     USER=marina \
     PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-WORKDIR /work
+WORKDIR /workspace
 USER 10001:0
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["marina"]

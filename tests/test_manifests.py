@@ -489,7 +489,7 @@ def test_commands_of_pods_are_commands_of_marina() -> None:
     (job,) = (each["spec"] for each in load(K8S / "train" / "pytorchjob.yaml") if each["kind"] == "PyTorchJob")
     (trainer,) = job["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
     assert trainer["command"] == ["torchrun", "-m", "tools.cli", "train"]
-    assert parse("tools.train.command", trainer["args"]).output == Path("/work/run")
+    assert parse("tools.train.command", trainer["args"]).output == Path("/workspace/run")
 
 
 # --- the container that follows a tag
@@ -568,7 +568,7 @@ def test_the_command_of_the_pytorch_job_trains_on_two_nodes(tmp_path: Path) -> N
     assert job["pytorchReplicaSpecs"]["Worker"]["template"] == job["pytorchReplicaSpecs"]["Master"]["template"]
     write_set(tmp_path / "data")
     command = [str(Path(sys.executable).parent / container["command"][0]), *container["command"][1:]]
-    command += [argument.replace("/work", str(tmp_path)) for argument in container["args"]] + SHORT.split()
+    command += [argument.replace("/workspace", str(tmp_path)) for argument in container["args"]] + SHORT.split()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

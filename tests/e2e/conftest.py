@@ -5,17 +5,23 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 import yaml
 
 from tools.archive.build import build_archive
 from tools.archive.recipe import Recipe, load_recipe
+from tools.gateway.app import create_app
+from tools.gateway.auth import new_key
+from tools.gateway.settings import Server, Settings, Video
 from tools.serve.java import find_java
 from tools.serve.server import TorchServe
 
@@ -60,6 +66,42 @@ def shapes_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) ->
     build_archive(load_recipe(repository / "archives" / "shapes"), store / "shapes.mar")
     with TorchServe(store, port=0, grpc_port=0) as server:
         yield server
+
+
+@contextmanager
+def run_gateway(settings: Settings) -> Iterator[None]:
+    """Until the block ends, in a thread of its own."""
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=settings.port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.02)
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def shapes_gateway(
+    shapes_server: TorchServe, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Settings, str]]:
+    """In front of `shapes_server`, over HTTP and gRPC; and a key."""
+    folder = tmp_path_factory.mktemp("gateway")
+    key, line = new_key("tester")
+    (folder / "keys").write_text(line)
+    settings = Settings(
+        backends=[Server(url=shapes_server.url, token_file=shapes_server.token_file, models=["shapes"])],
+        keys_file=folder / "keys",
+        port=free_port(),
+        grpc_port=free_port(),
+        storage=str(folder / "uploads"),
+        video=Video(folder=folder / "jobs"),
+    )
+    with run_gateway(settings):
+        yield settings, key
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import argparse
 import io
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,17 +13,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import free_port
 from numpy.random import default_rng
-from test_kserve import run_gateway
 
 from tools.client import retry
 from tools.client.client import Client
 from tools.client.command import add_arguments, run
 from tools.client.errors import ServerRefused
 from tools.data.draw import draw_scene
-from tools.gateway.auth import new_key
-from tools.gateway.settings import Server, Settings, Video
+from tools.gateway.settings import Settings
 from tools.serve.server import TorchServe
 from tools.video.frames import Frame, VideoFile
 from tools.video.writer import VideoWriter
@@ -34,32 +31,16 @@ SIZES = ((200, 150), (320, 320), (320, 32))
 
 
 @pytest.fixture(scope="module")
-def ways(
-    shapes_server: TorchServe, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Mapping[str, Mapping[str, Any]]]:
+def ways(shapes_server: TorchServe, shapes_gateway: tuple[Settings, str]) -> Mapping[str, Mapping[str, Any]]:
     """What the client must be told, for each way in."""
-    folder = tmp_path_factory.mktemp("gateway")
-    key, line = new_key("tester")
-    (folder / "keys").write_text(line)
-    settings = Settings(
-        backends=[Server(url=shapes_server.url, token_file=shapes_server.token_file, models=["shapes"])],
-        keys_file=folder / "keys",
-        port=free_port(),
-        grpc_port=free_port(),
-        storage=str(folder / "uploads"),
-        video=Video(folder=folder / "jobs"),
-    )
-    with run_gateway(settings):
-        yield {
-            "rest": {"url": shapes_server.url, "protocol": "rest", "token": shapes_server.token},
-            "grpc": {
-                "url": f"grpc://127.0.0.1:{shapes_server.grpc_port}",
-                "protocol": "grpc",
-                "token": shapes_server.token,
-            },
-            "kserve by rest": {"url": f"http://127.0.0.1:{settings.port}", "protocol": "kserve", "token": key},
-            "kserve by grpc": {"url": f"grpc://127.0.0.1:{settings.grpc_port}", "protocol": "kserve", "token": key},
-        }
+    token = shapes_server.token
+    settings, key = shapes_gateway
+    return {
+        "rest": {"url": shapes_server.url, "protocol": "rest", "token": token},
+        "grpc": {"url": f"grpc://127.0.0.1:{shapes_server.grpc_port}", "protocol": "grpc", "token": token},
+        "kserve by rest": {"url": f"http://127.0.0.1:{settings.port}", "protocol": "kserve", "token": key},
+        "kserve by grpc": {"url": f"grpc://127.0.0.1:{settings.grpc_port}", "protocol": "kserve", "token": key},
+    }
 
 
 @pytest.fixture(scope="module")

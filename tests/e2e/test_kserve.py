@@ -5,8 +5,6 @@ import base64
 import io
 import json
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +18,7 @@ import pytest
 import torch
 import tritonclient.grpc
 import tritonclient.http
-import uvicorn
-from conftest import free_port
+from conftest import free_port, run_gateway
 from numpy.random import default_rng
 from tritonclient.utils import InferenceServerException
 
@@ -35,8 +32,6 @@ from model_defs.candidates import from_rows
 from tools.archive.recipe import load_recipe
 from tools.data.draw import draw_scene
 from tools.errors import ToolError
-from tools.gateway.app import create_app
-from tools.gateway.auth import new_key
 from tools.gateway.kserve.grpc import serve
 from tools.gateway.settings import Limits, Server, Settings, Video
 from tools.proto import open_inference_pb2 as pb
@@ -64,38 +59,11 @@ class Gateway(NamedTuple):
         return httpx.post(url, headers=self.headers, timeout=PATIENCE_S, **request)
 
 
-@contextmanager
-def run_gateway(settings: Settings) -> Iterator[None]:
-    """Until the block ends, in a thread of its own."""
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=settings.port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.02)
-        yield
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
-def gateway(shapes_server: TorchServe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    folder = tmp_path_factory.mktemp("gateway")
-    key, line = new_key("tester")
-    (folder / "keys").write_text(line)
-    settings = Settings(
-        backends=[Server(url=shapes_server.url, token_file=shapes_server.token_file, models=["shapes"])],
-        keys_file=folder / "keys",
-        port=free_port(),
-        grpc_port=free_port(),
-        storage=str(folder / "uploads"),
-        video=Video(folder=folder / "jobs"),
-    )
+def gateway(shapes_gateway: tuple[Settings, str]) -> Iterator[Gateway]:
+    settings, key = shapes_gateway
     address, grpc_address = f"127.0.0.1:{settings.port}", f"127.0.0.1:{settings.grpc_port}"
     with (
-        run_gateway(settings),
         grpc.insecure_channel(grpc_address) as channel,
         tritonclient.http.InferenceServerClient(address, network_timeout=PATIENCE_S) as rest,
         tritonclient.grpc.InferenceServerClient(grpc_address) as over_grpc,
