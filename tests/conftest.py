@@ -1,5 +1,7 @@
 """Fixtures that every test may use."""
 
+import logging
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,16 @@ SHARED = REPOSITORY.parent / "shared"
 # A slow machine is no fault of the code.
 settings.register_profile("marina", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("marina")
+
+
+@pytest.fixture(autouse=True)
+def _as_at_the_start() -> None:
+    """Undo what tests in the same process leave, and those who start them: Optuna's migrations disable every logger
+    that there is, and a shell has SIGINT ignored in what it runs in the background."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.startswith("tools."):
+            logger.disabled = False
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
