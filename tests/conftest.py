@@ -21,11 +21,12 @@ settings.load_profile("marina")
 
 @pytest.fixture(autouse=True)
 def _as_at_the_start() -> None:
-    """Undo what tests in the same process leave, and those who start them: Optuna's migrations disable every logger
-    that there is, and a shell has SIGINT ignored in what it runs in the background."""
+    """Undo what tests in the same process leave, and those who start them: our loggers were seen silent, and SIGINT
+    without Python's handler, after other files in another order."""
+    logging.disable(logging.NOTSET)
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger) and name.startswith("tools."):
-            logger.disabled = False
+            logger.disabled, logger.propagate = False, True
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
