@@ -286,3 +286,9 @@ def test_a_server_that_is_not_there(serve):
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(ToolError, match="give one such as grpc://"):
         open_channel(url, None)
+
+
+def test_a_grpc_port_asked_by_rest_is_told(serve):
+    url = serve(lambda request, context: CONTENT).replace("grpc://", "http://")
+    with pytest.raises(ServerFailed, match=r"does not speak HTTP/1\.1; where it is a gRPC port, say --protocol grpc"):
+        ask(url, protocol="rest")

@@ -50,6 +50,10 @@ def session(token: str | None, authority: str | None, connections: int) -> httpx
     return httpx.AsyncClient(headers=headers, timeout=None, limits=limits, verify=verify)  # noqa: S113  # see the docstring
 
 
+def _lost(url: str, error: httpx.TransportError) -> ServerFailed:
+    return ServerFailed(f"{url}: the connection was lost ({error or type(error).__name__})")
+
+
 async def post(session: httpx.AsyncClient, url: str, **request: Any) -> httpx.Response:
     """The response, of any status but those of a busy server. Raises ServerUnavailable or ServerFailed.
 
@@ -63,8 +67,13 @@ async def post(session: httpx.AsyncClient, url: str, **request: Any) -> httpx.Re
         if NOT_TRUSTED in str(error):
             raise distrusted(url) from error
         raise ServerUnavailable(f"{url} cannot be reached ({error}); is the server up, the port right?") from error
+    except httpx.RemoteProtocolError as error:
+        # h11's word for what does not begin as HTTP/1.1 does.
+        if "illegal" not in str(error):
+            raise _lost(url, error) from error
+        raise ServerFailed(f"{url} does not speak HTTP/1.1; where it is a gRPC port, say --protocol grpc") from error
     except httpx.TransportError as error:
-        raise ServerFailed(f"{url}: the connection was lost ({error or type(error).__name__})") from error
+        raise _lost(url, error) from error
     if answer.status_code in BUSY:
         raise ServerUnavailable(
             f"{url} is busy or down ({answer.status_code}): {short(answer.content)}",
