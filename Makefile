@@ -41,12 +41,19 @@ lint: $(VENV)/.installed ## Style and types
 	$(RUN)/mypy
 
 # Servers and trainings share the cores with the tests that wait for them: threads that wait should sleep.
-test coverage: export OMP_WAIT_POLICY := passive
+test-unit test-e2e coverage: export OMP_WAIT_POLICY := passive
 .PHONY: test
 test: lint $(STOCK)/.installed ## Lint, types and every test, real servers included
-	# Apart: the libraries of clients and browsers do not meet those of all the engines in one process.
-	$(RUN)/python -m pytest -m "not container" tests/e2e $(PYTEST)
+	$(MAKE) --jobs=2 --keep-going test-unit test-e2e
+
+.PHONY: test-unit
+test-unit: $(STOCK)/.installed ## The tests that need no server of a whole session
 	$(RUN)/python -m pytest -m "not container" --ignore=tests/e2e --numprocesses=2 --dist=loadfile $(PYTEST)
+
+# In a process of their own: the libraries of clients and browsers do not meet those of all the engines.
+.PHONY: test-e2e
+test-e2e: $(STOCK)/.installed ## The tests of real servers, clients and browsers
+	$(RUN)/python -m pytest -m "not container" tests/e2e $(PYTEST)
 
 .PHONY: coverage
 coverage: $(STOCK)/.installed ## The tests once more, slower, with the lines that none of them runs
