@@ -1,6 +1,5 @@
 """Fixtures that every test may use."""
 
-import logging
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +18,8 @@ settings.register_profile("marina", deadline=None, suppress_health_check=[Health
 settings.load_profile("marina")
 
 
-@pytest.fixture(autouse=True)
-def _as_at_the_start() -> None:
-    """Undo what tests in the same process leave, and those who start them: our loggers were seen silent, and SIGINT
-    without Python's handler, after other files in another order."""
-    logging.disable(logging.NOTSET)
-    for name, logger in logging.root.manager.loggerDict.items():
-        if isinstance(logger, logging.Logger) and name.startswith("tools."):
-            logger.disabled, logger.propagate = False, True
+def pytest_configure() -> None:
+    """A shell that starts something in the background has it ignore SIGINT, which the tests of interrupts send."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

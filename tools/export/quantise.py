@@ -25,7 +25,8 @@ def quantise(model: Any, pictures: "Pictures") -> Any:
     """
     import nncf
 
-    nncf.set_log_level(logging.ERROR)
+    # Its own set_log_level sets the handlers too, which may be those of the whole process.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     # It draws its progress on stdout, where the command's result goes.
     with contextlib.redirect_stdout(sys.stderr):
         return nncf.quantize(
