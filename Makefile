@@ -60,6 +60,11 @@ coverage: $(STOCK)/.installed ## The tests once more, slower, with the lines tha
 	$(RUN)/coverage erase
 	$(RUN)/python -m pytest -m "not container" --cov --cov-report=term $(PYTEST)
 
+.PHONY: compose
+compose: model-store/shapes.mar ## Gateway, TorchServe, S3, Prometheus, Grafana and Label Studio on this machine
+	docker compose -f docker/compose/compose.yaml up --build --detach --wait
+	@echo 'where to sign in: docker compose -f docker/compose/compose.yaml run --rm secrets show'
+
 IMAGE_ARGUMENTS = $(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 model-store/shapes.mar: $(VENV)/.installed $(shell find archives/shapes handlers model_defs -type f -not -name '*.pyc')

@@ -1,7 +1,8 @@
 """The entry module of an archive: TorchServe on one side, our pipeline on the other."""
 
 import json
-import time
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ from handlers.lean_import import import_torchvision, lean_vision_handler
 # Before all that imports torchvision the slow way; hence the imports that stand late (E402).
 import_torchvision()
 with lean_vision_handler():
+    from ts.metrics.metric_cache_errors import MetricsCacheKeyError
     from ts.torch_handler.vision_handler import VisionHandler
 
 from handlers.errors import InvalidOption  # noqa: E402  # see above
+from handlers.metrics import COUNTERS, Figures, Increase  # noqa: E402  # see above
 from handlers.pipeline import Answer, Job, load_checked  # noqa: E402  # see above
-from handlers.response import JSON, error_answer  # noqa: E402  # see above
+from handlers.response import JSON  # noqa: E402  # see above
+
+logger = logging.getLogger(__name__)
 
 
 class DetectionHandler(VisionHandler):
@@ -28,18 +33,48 @@ class DetectionHandler(VisionHandler):
         self.pipeline = load_checked(
             Path(properties["model_dir"]), context.model_yaml_config or {}, properties.get("gpu_id")
         )
+        self.figures = Figures(context.model_name, self.pipeline.settings.version, self.pipeline.labels)
+        self._report_to(context.metrics)
         self.initialized = True
+
+    def _report_to(self, metrics: Any) -> None:
+        """Reports the figures that the server's metrics.yaml declares as we do; TorchServe would log a line for each
+        of the others, every time."""
+        counters = {}
+        for name, declared in COUNTERS.items():
+            try:
+                counter = metrics.get_metric(name)
+            except MetricsCacheKeyError:
+                continue
+            if counter.dimension_names == list(declared.dimensions):
+                counters[name] = counter
+
+        def write(increase: Increase) -> None:
+            if increase.counter in counters:
+                # By way of logging, so that the line is never mixed with another.
+                counters[increase.counter].add_or_update(increase.amount, list(increase.of))
+
+        if counters:
+            self.figures.report(write)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """The inherited one lets the headers `explain` and `describe` of a batch's first item decide for all."""
-        start = time.perf_counter()
-        answers = self.postprocess(self.inference(self.preprocess(data, context)))
+        jobs = self.inference(self.preprocess(data, context))
+        answers = self.postprocess(jobs)
         for index, answer in enumerate(answers):
             context.set_response_content_type(index, answer.content_type)
             if answer.status != 200:
                 context.set_response_status(answer.status, answer.phrase, index)
-        context.metrics.add_time("HandlerTime", round((time.perf_counter() - start) * 1000, 2), None, "ms")
+        self._count(jobs, answers)
         return [answer.body for answer in answers]
+
+    def _count(self, jobs: Sequence[Job | Answer], answers: list[Answer]) -> None:
+        pairs = zip(jobs, answers, strict=True)
+        try:
+            self.figures.add([(job, answer) for job, answer in pairs if isinstance(job, Job)])
+        except Exception:
+            # No figure is worth an answer.
+            logger.exception("a batch is missing from the metrics")
 
     def preprocess(self, data: list[dict[str, Any]], context: Any) -> list[Job | Answer]:
         return [
@@ -51,8 +86,7 @@ class DetectionHandler(VisionHandler):
         if headers.get("describe") == "True":
             return Answer(json.dumps(self.pipeline.describe()).encode(), JSON)
         if headers.get("explain") == "True":
-            error = InvalidOption("explanations are not available for detectors; use /predictions")
-            return Answer(*error_answer(error), error.status, error.phrase)
+            return Job(error=InvalidOption("explanations are not available for detectors; use /predictions"))
         return self.pipeline.read(row, headers, request_id)
 
     def inference(self, data: list[Job | Answer]) -> list[Job | Answer]:

@@ -41,6 +41,7 @@ from handlers.geometry import Letterbox, clip, letterbox, plan_letterbox, unlett
 from handlers.golden import difference, load_golden
 from handlers.image import decode
 from handlers.labels import check_background, load_labels
+from handlers.metrics import OK
 from handlers.options import Options, default_options, parse_options
 from handlers.request import Instance, read_request
 from handlers.response import Context, error_answer, json_answer, kserve_answer, render
@@ -96,10 +97,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
+    """outcome: `OK`, or the name of the error."""
+
     body: bytes
     content_type: str
     status: int = 200
     phrase: str = "OK"
+    outcome: str = OK
 
 
 class Pipeline:
@@ -282,10 +286,9 @@ class Pipeline:
             detections, context = self._result(item)
             return Answer(*render(detections, item.options.format, context, item.pixels))
         except RequestError as error:
-            return Answer(*error_answer(error), error.status, error.phrase)
+            return _refusal(error)
         except Exception:  # noqa: BLE001  # such as boxes that are no numbers: the neighbours get their answers
-            failure = _model_failure(job.items[0].request_id if job.items else "")
-            return Answer(*error_answer(failure), failure.status, failure.phrase)
+            return _refusal(_model_failure(job.items[0].request_id if job.items else ""))
 
     def _kserve_prediction(self, index: int, item: Item) -> Any:
         if item.options.format in ("yolo", "image"):
@@ -367,6 +370,10 @@ def _decode_jpeg(body: bytes) -> np.ndarray:
     """The same library as Pillow's, a fifth faster: it writes to where the pixels are wanted."""
     encoded = torch.frombuffer(bytearray(body), dtype=torch.uint8)
     return decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+
+
+def _refusal(error: RequestError) -> Answer:
+    return Answer(*error_answer(error), error.status, error.phrase, type(error).__name__)
 
 
 def _model_failure(request_id: str) -> ModelFailure:

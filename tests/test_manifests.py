@@ -181,6 +181,7 @@ def test_containers_are_locked_down_and_any_user_will_do(built: list[Document]) 
                 assert context["seccompProfile"] == {"type": "RuntimeDefault"}
         for mapping in walk(document):
             assert not {"runAsUser", "runAsGroup", "privileged", "hostPath", "hostNetwork", "hostPID"} & mapping.keys()
+            assert "fsGroup" not in mapping or document["kind"] == "PipelineRun"
         if document["kind"] == "ServiceAccount":
             assert document["automountServiceAccountToken"] is False
         assert document["kind"] not in ("Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "ClusterTask")
@@ -433,6 +434,18 @@ def test_the_example_of_a_run_fits_the_pipeline() -> None:
     assert timeouts["wait-for-gpu"] == parameters.gpu_timeout
     (waiting,) = (task for task in pipeline()["tasks"] if task["name"] == "wait-for-gpu")
     assert waiting["timeout"] == Parameters.model_fields["gpu_timeout"].default
+
+
+def test_the_example_of_a_run_without_what_openshift_refuses() -> None:
+    text = (TEKTON / "run.yaml").read_text()
+    command = re.search(r"^#   (sed .*) \| oc create -f -$", text, re.MULTILINE)
+    assert command and "fsGroup" in str(load(TEKTON / "run.yaml"))
+    left = subprocess.run(["sh", "-c", command[1]], cwd=DOCKER.parent, capture_output=True, text=True, check=True)
+    (run,) = yaml.safe_load_all(left.stdout)
+    jsonschema.validate(run, OURS["PipelineRun"])
+    assert "fsGroup" not in str(run) and run["spec"]["taskRunTemplate"]["podTemplate"] == {
+        "automountServiceAccountToken": False
+    }
 
 
 def test_the_pipeline_uses_the_scripts_that_lie_here() -> None:

@@ -19,6 +19,7 @@ def properties(**changes: object) -> dict[str, str]:
         "port": 8080,
         "management_address": "unix:/p/management.sock",
         "metrics_address": "unix:/p/metrics.sock",
+        "metrics_config": "/p/metrics.yaml",
         "grpc_port": None,
         "auth": True,
         "store": "/p/store",
@@ -33,6 +34,7 @@ def test_only_predictions_are_offered() -> None:
     assert told["inference_address"] == "http://127.0.0.1:8080"
     assert told["management_address"].startswith("unix:")
     assert told["metrics_address"].startswith("unix:")
+    assert told["metrics_config"] == "/p/metrics.yaml"
     assert told["enable_model_api"] == "false"
     assert told["enable_envvars_config"] == "false"
     assert told["install_py_dep_per_model"] == "false"

@@ -22,6 +22,11 @@ BUSY_STACK = """"W-9001-tiny_1.0" #17 prio=5 os_prio=0 cpu=27.91ms tid=0x00007ef
 	at java.util.concurrent.ArrayBlockingQueue.poll(java.base@17.0.15/ArrayBlockingQueue.java:435)
 	at org.pytorch.serve.wlm.WorkerThread.run(WorkerThread.java:234)
 """
+POOLED_STACK = """"W-9002-tiny_0.9" #30 prio=5 os_prio=0 cpu=12.70ms tid=0x00007f9cf8052150 waiting on condition
+   java.lang.Thread.State: TIMED_WAITING (parking)
+	at java.util.concurrent.SynchronousQueue.poll(java.base@17.0.15/SynchronousQueue.java:903)
+	at java.util.concurrent.ThreadPoolExecutor.getTask(java.base@17.0.15/ThreadPoolExecutor.java:1061)
+"""
 READER_STACK = """"W-9000-tiny_1.0-stdout" #19 prio=5 os_prio=0 cpu=15.89ms tid=0x00007efbf00183d0 runnable
    java.lang.Thread.State: RUNNABLE
 	at org.pytorch.serve.wlm.WorkerLifeCycle$ReaderThread.run(WorkerLifeCycle.java:382)
@@ -122,7 +127,7 @@ def test_error_of_java() -> None:
 
 def test_busy_workers() -> None:
     dump = "\n".join(
-        ["Full thread dump OpenJDK 64-Bit Server VM:", "", IDLE_STACK, BUSY_STACK, READER_STACK]
+        ["Full thread dump OpenJDK 64-Bit Server VM:", "", IDLE_STACK, BUSY_STACK, POOLED_STACK, READER_STACK]
     ).splitlines()
     assert busy_workers(dump) == 1
     assert busy_workers([line for line in dump if line not in BUSY_STACK.splitlines()]) == 0
@@ -137,7 +142,7 @@ def test_failure_names_the_model_and_its_error(tmp_path: Path) -> None:
         worker_line("ValueError: 3 labels for 4 classes"),
     ]
     output = output_of(lines, tmp_path)
-    told = output.failure([served("other"), served()])
+    told = output.failure({"0.mar": served("other"), "1.mar": served()})
     assert told == "tiny 1.0: its worker failed to start: ValueError: 3 labels for 4 classes"
 
 
@@ -147,7 +152,7 @@ def test_failure_of_a_worker_without_a_word(tmp_path: Path) -> None:
         f"{STAMP} [ERROR] [W-9000-tiny_1.0] org.pytorch.serve.wlm.WorkerThread - Backend worker error",
         "org.pytorch.serve.wlm.WorkerInitializationException: Backend worker did not respond in given time",
     ]
-    told = output_of(lines, tmp_path).failure([served()])
+    told = output_of(lines, tmp_path).failure({"0.mar": served()})
     assert told is not None
     assert "Backend worker did not respond in given time" in told
     assert told.endswith("its last line: about to go")
@@ -158,14 +163,14 @@ def test_failure_of_a_file_that_torchserve_cannot_load(tmp_path: Path) -> None:
         f"{STAMP} [WARN] [main] org.pytorch.serve.ModelServer - Failed to load model: 1.mar",
         "org.pytorch.serve.archive.model.InvalidModelException: Missing manifest",
     ]
-    told = output_of(lines, tmp_path).failure([served("other"), served()])
+    told = output_of(lines, tmp_path).failure({"0.mar": served("other"), "1.mar": served()})
     assert told is not None
     assert told.startswith("tiny 1.0: TorchServe cannot load /store/tiny.mar")
     assert "Missing manifest" in told
 
 
 def test_no_failure(tmp_path: Path) -> None:
-    assert output_of([worker_line("Torch worker started.")], tmp_path).failure([served()]) is None
+    assert output_of([worker_line("Torch worker started.")], tmp_path).failure({"0.mar": served()}) is None
 
 
 def test_last_word_of_a_jvm(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Entry:
     def __init__(self, repository: Path, folder: Path, log: Path):
         docker = repository / "docker"
         self.port, *ports = (bindable_port("127.0.0.1", 0) for _ in range(6))
-        properties = (docker / "config.properties").read_text()
+        properties = (docker / "config.properties").read_text().replace("/opt/torchserve/", f"{docker}/")
         for old, new in zip((8083, 8081, 8082), ports, strict=False):
             properties = properties.replace(f":{old}\n", f":{new}\n")
         grpc = f"grpc_inference_port={ports[3]}\ngrpc_management_port={ports[4]}\n"

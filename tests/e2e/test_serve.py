@@ -57,9 +57,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def commands(tmp_path_factory: pytest.TempPathFactory, repository: Path, store: Path) -> Iterator[tuple[Command, ...]]:
     """One with its defaults, one without authorization; started at the same time."""
     folder = tmp_path_factory.mktemp("serve")
+    both = ("--store", str(store), "--port", "0")
     started = (
-        Command(repository, folder / "a", "--store", str(store), "--port", "0"),
-        Command(repository, folder / "b", "--store", str(store), "--port", "0", "--no-auth", "--models", "tiny"),
+        Command(repository, folder / "a", *both),
+        Command(repository, folder / "b", *both, "--no-auth", "--models", "tiny", "--metrics-port", "0"),
     )
     yield started
     for command in started:
@@ -135,6 +136,13 @@ def test_requests_leave_no_line_in_the_log(up: Up) -> None:
     assert "Torch worker started." in before
     assert httpx.post(f"{up.url}/predictions/tiny", headers=up.headers, content=gradient_jpeg()).status_code == 200
     assert log.read_text() == before
+
+
+def test_metrics_port_tells_figures_and_nothing_else(open_up: Up) -> None:
+    url = open_up.command.await_line("^metrics  (.*)")[1]
+    answer = httpx.get(url)
+    assert answer.status_code == 200 and "Requests2XX" in answer.text and "marina_answers" in answer.text
+    assert httpx.get(url.replace("/metrics", "/models")).status_code == 404
 
 
 @pytest.mark.parametrize("name", ["up", "open_up"])

@@ -5,7 +5,11 @@ import json
 import re
 import subprocess
 import sys
+import time
 import zlib
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -47,6 +51,43 @@ def test_a_bomb_costs_nothing(shapes_server: TorchServe) -> None:
     refused = post(shapes_server, bomb)
     assert (refused.status_code, refused.json()["type"]) == (413, "ImageTooLarge")
     assert post(shapes_server, picture(shapes_server)).status_code == 200
+
+
+def figures(server: TorchServe) -> Callable[..., float]:
+    """What Prometheus would read: the sum of a counter over all series with the labels given."""
+    transport = httpx.HTTPTransport(uds=str(server.folder / "metrics.sock"))
+    with httpx.Client(transport=transport) as client:
+        lines = re.findall(r"^(\w+)\{(.*)\} (\S+)$", client.get("http://metrics/metrics").text, re.MULTILINE)
+    series = [(name, dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)) for name, labels, value in lines]
+    return lambda name, **wanted: sum(
+        value for found, labels, value in series if found == name and wanted.items() <= labels.items()
+    )
+
+
+def test_figures_reach_prometheus(shapes_server: TorchServe) -> None:
+    """All of them, by themselves after the last request, though many lines are printed at once."""
+    before = figures(shapes_server)
+    bodies = [picture(shapes_server)] * 16 + [b"GIF89a"] * 3
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda body: post(shapes_server, body, **{"Marina-Format": "detections"}), bodies))
+    assert [answer.status_code for answer in answers] == [200] * 16 + [400] * 3
+    rows = [row for answer in answers[:16] for row in answer.json()["detections"]]
+    wanted = {("marina_answers", "type", "ok"): 16, ("marina_answers", "type", "InvalidImage"): 3}
+    wanted |= {("marina_detections", "label", label): n for label, n in Counter(row["label"] for row in rows).items()}
+    wanted |= {("marina_stage_seconds_count", "stage", stage): 16 for stage in ("decode", "inference", "postprocess")}
+    deadline = time.monotonic() + 60
+    while True:
+        now = figures(shapes_server)
+        grown = all(now(name, **{key: of}) - before(name, **{key: of}) >= n for (name, key, of), n in wanted.items())
+        scores = {now("marina_detections"), now("marina_score_count"), now("marina_score_bucket", le="+Inf")}
+        stages = {now("marina_stage_seconds_count"), now("marina_stage_seconds_bucket", le="+Inf")}
+        if grown and len(scores) == len(stages) == 1:
+            break
+        assert time.monotonic() < deadline, (scores, stages, wanted)
+        time.sleep(0.1)
+    assert now("marina_answers", model="shapes", version="1.0") == now("marina_answers")
+    assert now("marina_stage_seconds_sum", stage="inference") > 0
+    assert "metrics line" not in shapes_server.log_file.read_text()
 
 
 def test_smoke_by_command_and_by_script(shapes_server: TorchServe, repository: Path, tmp_path: Path) -> None:

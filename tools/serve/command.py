@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools.serve.server import GRACE_S, Interrupted, TorchServe
+from tools.errors import ToolError
+from tools.serve.server import GRACE_S, LOOPBACK, Interrupted, TorchServe
 from tools.serve.store import Served
 
 GRPC_PORT = 7070
@@ -37,6 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"offer predictions over gRPC too (default port: {GRPC_PORT}; 0 picks a free one)",
     )
     parser.add_argument(
+        "--management-port",
+        type=int,
+        metavar="PORT",
+        help="let `marina store deploy` change what is served, by way of this port of 127.0.0.1, which wants a token of"
+        " its own (0 picks a free one; default: nothing can be changed)",
+    )
+    parser.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="PORT",
+        help="show Prometheus the server's figures at this port of 127.0.0.1, /metrics, without a token (0 picks a free"
+        " one; default: nobody sees them)",
+    )
+    parser.add_argument(
         "--grace",
         type=float,
         default=GRACE_S,
@@ -53,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
             f"WARNING: --no-auth on {args.host}: everyone who can reach this machine can use the models. "
             "Leave --no-auth out, or put an authenticating proxy in front."
         )
+    if args.no_auth and args.management_port is not None:
+        raise ToolError("--management-port wants tokens: who reaches it can change what is served; omit --no-auth")
     server = TorchServe(
         args.store,
         args.models,
@@ -61,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         auth=not args.no_auth,
         token_file=args.token_file,
         grpc_port=args.grpc,
+        management_port=args.management_port,
+        metrics_port=args.metrics_port,
         grace=args.grace,
         report=_tell,
         verbose=args.verbose,
@@ -116,7 +135,18 @@ def _access(server: TorchServe) -> str:
     lines.append(f"log  {server.log_file}")
     if server.grpc_port is not None:
         lines.append(f"gRPC  {server.host}:{server.grpc_port}")
+    if server.management_port is not None:
+        lines.append(f"deploy  {deploy_line(server)}")
+    if server.metrics_port is not None:
+        lines.append(f"metrics  http://{LOOPBACK}:{server.metrics_port}/metrics")
     return "\n".join(lines)
+
+
+def deploy_line(server: TorchServe) -> str:
+    """A shell command that replaces what `server` serves, all but its target."""
+    words = ["--management", f"http://{LOOPBACK}:{server.management_port}", "--inference", server.url]
+    words += ["--token-file", str(server.key_file), "--store-dir", str(server.store)]
+    return f"marina store deploy NAME@TAG {shlex.join(words)}"
 
 
 def curl_line(server: TorchServe, served: Served) -> str:

@@ -1,8 +1,11 @@
-"""The files that TorchServe reads at start: config.properties and its log settings. Pure text."""
+"""The files that TorchServe reads at start: config.properties, its metrics and its log settings. Pure text."""
 
 import math
 from collections.abc import Iterable, Mapping
 
+import yaml
+
+from handlers.metrics import COUNTERS
 from tools.serve.store import Served
 
 # TorchServe's default for both directions.
@@ -13,6 +16,10 @@ LARGEST_LIMIT = 2**31 - 1
 # TorchServe never renews a token, so an expired one locks every user out until the next start. The
 # token dies with the server anyway: ten years means never.
 TOKEN_MINUTES = 10 * 365 * 24 * 60
+
+METRICS_HEADER = (
+    "# TorchServe's own metrics, and those of Marina's handlers: marina_*, as handlers/metrics.py declares them.\n"
+)
 
 LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration>
@@ -55,16 +62,20 @@ def server_properties(
     port: int,
     management_address: str,
     metrics_address: str,
+    metrics_config: str,
     grpc_port: int | None,
     auth: bool,
     store: str,
     archives: Mapping[str, Served],
     worker_port: int,
+    takes_models: bool = False,
 ) -> dict[str, str]:
-    """TorchServe's settings. `archives` maps the file name in `store` to what it holds, in the order of loading.
+    """TorchServe's settings. `archives` maps the file name in `store` to what it holds, in the order of loading;
+    `metrics_config` is the file that holds `metrics_yaml`.
 
     TorchServe cannot leave gRPC off: without `grpc_port` it listens on loopback, on ports that nobody
-    is told; so does gRPC management always. Both want the token.
+    is told; so does gRPC management always. Both want the token. takes_models: whether archives may be
+    registered and removed while it runs, by way of its management API.
     """
     limit = str(size_limit(served.max_bytes for served in archives.values()))
     return {
@@ -78,7 +89,7 @@ def server_properties(
         "initial_worker_port": str(worker_port),
         "disable_token_authorization": str(not auth).lower(),
         "token_expiration_min": str(TOKEN_MINUTES),
-        "enable_model_api": "false",
+        "enable_model_api": str(takes_models).lower(),
         # Archives come from the store alone: this matches no URL.
         "allowed_urls": "(?!)",
         "enable_envvars_config": "false",
@@ -91,9 +102,19 @@ def server_properties(
         "max_request_size": limit,
         "max_response_size": limit,
         "metrics_mode": "prometheus",
+        "metrics_config": metrics_config,
         # Its collector needs nvgpu on a GPU machine and starts a Python process every minute.
         "disable_system_metrics": "true",
     }
+
+
+def metrics_yaml(torchserves: str) -> str:
+    """The metrics of `torchserves`, TorchServe's own metrics.yaml, and those of our handlers."""
+    metrics = yaml.safe_load(torchserves)
+    counters = metrics["model_metrics"].setdefault("counter", [])
+    for name, (unit, dimensions) in COUNTERS.items():
+        counters.append({"name": name, "unit": unit, "dimensions": list(dimensions)})
+    return METRICS_HEADER + yaml.safe_dump(metrics, sort_keys=False, default_flow_style=None, width=120)
 
 
 def properties_text(properties: Mapping[str, str]) -> str:

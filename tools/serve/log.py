@@ -9,6 +9,7 @@ _RECORD = re.compile(
     r"\d{4}-\d\d-\d\dT[\d:,]+ \[(?P<level>\w+)\] \[(?P<thread>[^]]*)\] (?P<logger>\S+) - (?P<message>.*)"
 )
 _WORKER_THREAD = re.compile(r"W-\d+-(?P<key>.+?)(-stdout|-stderr)?")
+_IDLE = (".pollBatch(", "ThreadPoolExecutor.getTask(")
 _WORKER_PID = re.compile(r"\[PID\](\d+)")
 
 # What TorchServe's part of a worker says at every start.
@@ -111,13 +112,13 @@ def java_error(lines: Iterable[str]) -> str | None:
 def busy_workers(dump: Iterable[str]) -> int:
     """How many workers have a request under way, in a thread dump of the JVM.
 
-    A worker's thread waits in Model.pollBatch for the next request; anywhere else it is sending one,
-    or waiting for its answer.
+    A worker's thread waits in Model.pollBatch for the next request, or, where its version was removed, in a pool for
+    another task; anywhere else it is sending a request, or waiting for its answer.
     """
     busy = 0
     for stack in "\n".join(dump).split("\n\n"):
         name = re.search(r'^"([^"]*)"', stack, re.MULTILINE)
         thread = _WORKER_THREAD.fullmatch(name[1]) if name else None
-        if thread and thread[2] is None and ".pollBatch(" not in stack:
+        if thread and thread[2] is None and not any(place in stack for place in _IDLE):
             busy += 1
     return busy

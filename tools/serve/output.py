@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from logging import Formatter, LogRecord
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -86,8 +86,9 @@ class Output:
                 del self._pids[pid]
         return dead
 
-    def failure(self, archives: Iterable[Served]) -> str | None:
-        """What kept one of `archives` from loading, as one line; None while there is nothing to say."""
+    def failure(self, archives: Mapping[str, Served]) -> str | None:
+        """What kept one of `archives` from loading, as one line; None while there is nothing to say. archives: by the
+        name of the file that TorchServe was told to load."""
         failed = {worker for _, worker in self.dead_workers()}
         with self._lock:
             failed |= self._failed
@@ -97,8 +98,8 @@ class Output:
         time.sleep(SETTLE_S)
         with self._lock:
             plain = list(self._plain)
-            for index, served in enumerate(archives):
-                if f"{index}.mar" in unloadable:
+            for file_name, served in archives.items():
+                if file_name in unloadable:
                     return f"{served}: TorchServe cannot load {served.path}: {java_error(plain) or 'no reason given'}"
                 if served.key in failed:
                     return f"{served}: its worker failed to start: {self._death(served.key, plain)}"

@@ -64,6 +64,11 @@ def torchserve_home() -> Path:
     return home
 
 
+def torchserve_metrics() -> str:
+    """TorchServe's own metrics.yaml."""
+    return (torchserve_home() / "ts" / "configs" / "metrics.yaml").read_text(encoding="utf-8")
+
+
 def command_line(java: Java, folder: Path) -> list[str]:
     """What TorchServe's launcher would run (ts/model_server.py), for the files in `folder`."""
     home = torchserve_home()

@@ -39,6 +39,9 @@ PROGRESS_S = 15
 # A thread dump takes milliseconds on an idle machine.
 DUMP_TIMEOUT_S = 5
 ALL_ADDRESSES = "0.0.0.0"  # noqa: S104  # only compared with
+LOOPBACK = "127.0.0.1"
+# What parts the names in TorchServe's list of archives.
+LISTED = ",="
 
 
 class Interrupted(ToolError):
@@ -50,8 +53,11 @@ class TorchServe:
 
     models: names, None for all. port: 0 picks a free one. auth: requests need the token. token_file: where it is
     written, replacing that of an earlier start, None for the private folder. grpc_port: None for no gRPC beyond what
-    TorchServe cannot leave off, 0 picks a free one. grace: how long `drain` waits at most, seconds. report: called with
-    one line for each step and event, from several threads. verbose: report all that TorchServe and its workers print.
+    TorchServe cannot leave off, 0 picks a free one. management_port: where `tools.serve.rollout` may bring other
+    archives into `store`, on loopback, None for nowhere, 0 picks a free one. metrics_port: where Prometheus may ask, on
+    loopback and without a token, None for nowhere, 0 picks a free one. grace: how long `drain` waits at most, seconds.
+    report: called with one line for each step and event, from several threads. verbose: report all that TorchServe and
+    its workers print.
 
     Start it in a thread that lives as long as the server: Linux ends the JVM with the thread that
     started it. Raises ToolError and BadArchive as `tools.serve.store.find_archives` does.
@@ -67,6 +73,8 @@ class TorchServe:
         auth: bool = True,
         token_file: Path | None = None,
         grpc_port: int | None = None,
+        management_port: int | None = None,
+        metrics_port: int | None = None,
         grace: float = GRACE_S,
         report: Callable[[str], None] = lambda line: None,
         verbose: bool = False,
@@ -77,6 +85,9 @@ class TorchServe:
         self.auth = auth
         self._token_file = token_file and token_file.absolute()
         self.grpc_port = grpc_port
+        self.management_port = management_port
+        self.metrics_port = metrics_port
+        self.store = store.absolute()
         self.grace = grace
         self._report = report
         self._verbose = verbose
@@ -86,6 +97,8 @@ class TorchServe:
         self._process: subprocess.Popen[str] | None = None
         self._output: Output | None = None
         self._management_address = ""
+        # By the name of the file that TorchServe loads.
+        self._files: dict[str, Served] = {}
 
     @property
     def folder(self) -> Path:
@@ -119,6 +132,11 @@ class TorchServe:
     @property
     def token(self) -> str | None:
         return self.token_file.read_text() if self.token_file else None
+
+    @property
+    def key_file(self) -> Path:
+        """TorchServe's own (mode 0600), with the tokens for predictions and for management."""
+        return self.folder / "key_file.json"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -166,7 +184,8 @@ class TorchServe:
             if self._stop_requests:
                 return
             for pid, worker in self._running_output().dead_workers():
-                self._report(f"worker {pid} of {worker} died; TorchServe starts another")
+                removed = "" if self.management_port is None else ", unless that version was removed"
+                self._report(f"worker {pid} of {worker} died; TorchServe starts another{removed}")
             time.sleep(0.2)
 
     def drain(self) -> bool:
@@ -213,6 +232,10 @@ class TorchServe:
         self.port = process.bindable_port(self.host, self.port)
         if self.grpc_port is not None:
             self.grpc_port = process.bindable_port(self.host, self.grpc_port)
+        if self.management_port is not None:
+            self.management_port = process.bindable_port(LOOPBACK, self.management_port)
+        if self.metrics_port is not None:
+            self.metrics_port = process.bindable_port(LOOPBACK, self.metrics_port)
         self._folder = process.private_folder()
         answer_bytes = self._write_folder()
         self._report(f"starting TorchServe on {java} with {', '.join(map(str, self.archives))}")
@@ -228,10 +251,8 @@ class TorchServe:
         folder = self.folder
         for name in ("tmp", "logs", "store", "images"):
             (folder / name).mkdir()
-        archives = {f"{index}.mar": served for index, served in enumerate(self.archives)}
-        for file_name, served in archives.items():
-            # A store of our own holds nothing but what is served, under names that need no quoting.
-            (folder / "store" / file_name).symlink_to(served.path)
+        self._files = self._model_store()
+        for served in self.archives:
             self.image_file(served).parent.mkdir()
             self.image_file(served).write_bytes(served.image)
         unix = process.has_unix_sockets(folder)
@@ -241,21 +262,42 @@ class TorchServe:
             self._management_address, metrics = (
                 f"http://127.0.0.1:{process.bindable_port('127.0.0.1', 0)}" for _ in range(2)
             )
+        if self.management_port is not None:
+            self._management_address = f"http://{LOOPBACK}:{self.management_port}"
+        if self.metrics_port is not None:
+            metrics = f"http://{LOOPBACK}:{self.metrics_port}"
         properties = config.server_properties(
             host=self.host,
             port=self.port,
             management_address=self._management_address,
             metrics_address=metrics,
+            metrics_config=str(folder / "metrics.yaml"),
             grpc_port=self.grpc_port,
             auth=self.auth,
-            store=str(folder / "store"),
-            archives=archives,
+            takes_models=self.management_port is not None,
+            store=str(folder / "store" if self.management_port is None else self.store),
+            archives=self._files,
             # With unix sockets it is but a part of their names.
             worker_port=9000 if unix else process.bindable_port("127.0.0.1", 0),
         )
         (folder / "config.properties").write_text(config.properties_text(properties), encoding="ascii")
+        (folder / "metrics.yaml").write_text(config.metrics_yaml(process.torchserve_metrics()), encoding="utf-8")
         (folder / "log4j2.xml").write_text(config.LOG4J, encoding="utf-8")
         return int(properties["max_response_size"])
+
+    def _model_store(self) -> dict[str, Served]:
+        """What TorchServe loads, by its file name there. Raises ToolError for a name that cannot be told to it."""
+        if self.management_port is not None:
+            # What is deployed has to lie where a restart finds it.
+            for served in self.archives:
+                if set(served.path.name) & set(LISTED):
+                    raise ToolError(f"{served.path}: with a management port no file name may hold {LISTED}; rename it")
+            return {served.path.name: served for served in self.archives}
+        # A store of our own holds nothing but what is served, under names that need no quoting.
+        files = {f"{index}.mar": served for index, served in enumerate(self.archives)}
+        for file_name, served in files.items():
+            (self.folder / "store" / file_name).symlink_to(served.path)
+        return files
 
     def _await_token(self) -> None:
         if self.token_file is None:
@@ -268,7 +310,7 @@ class TorchServe:
     def _keys(self) -> dict[str, dict[str, str]]:
         """What TorchServe wrote into its key file; empty while it has not."""
         try:
-            keys: dict[str, dict[str, str]] = json.loads((self.folder / "key_file.json").read_text())
+            keys: dict[str, dict[str, str]] = json.loads(self.key_file.read_text())
         except (FileNotFoundError, ValueError):
             return {}
         return keys
@@ -304,7 +346,7 @@ class TorchServe:
     def _check_start(self) -> None:
         if self._stop_requests:
             raise Interrupted("stopped before every model was up")
-        failure = self._running_output().failure(self.archives)
+        failure = self._running_output().failure(self._files)
         if failure:
             raise ToolError(failure)
         self._check_jvm()
