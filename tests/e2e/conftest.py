@@ -1,5 +1,6 @@
 """Real servers, each started once."""
 
+import io
 import json
 import os
 import signal
@@ -16,14 +17,30 @@ import httpx
 import pytest
 import uvicorn
 import yaml
+from numpy.random import default_rng
 
 from tools.archive.build import build_archive
 from tools.archive.recipe import Recipe, load_recipe
+from tools.data.draw import draw_scene
 from tools.gateway.app import create_app
 from tools.gateway.auth import new_key
 from tools.gateway.settings import Server, Settings, Video
 from tools.serve.java import find_java
 from tools.serve.server import TorchServe
+
+# Width and height of `pictures`.
+SIZES = ((200, 150), (320, 320), (320, 32))
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[bytes]:
+    """JPEGs of drawn shapes, of different sizes."""
+    found = []
+    for seed, (width, height) in enumerate(SIZES):
+        buffer = io.BytesIO()
+        draw_scene(default_rng(seed), width, height)[0].save(buffer, "JPEG")
+        found.append(buffer.getvalue())
+    return found
 
 
 def recipe_with(folder: Path, source: Path, **changes: object) -> Recipe:

@@ -1,7 +1,6 @@
 """The client against a real TorchServe, and a real gateway before it, over every protocol."""
 
 import argparse
-import io
 import json
 import threading
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from e2e.conftest import SIZES
 from numpy.random import default_rng
 
 from tools.client import retry
@@ -27,7 +27,6 @@ from tools.video.writer import VideoWriter
 
 pytestmark = pytest.mark.e2e
 WAYS = ("rest", "grpc", "kserve by rest", "kserve by grpc")
-SIZES = ((200, 150), (320, 320), (320, 32))
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +40,6 @@ def ways(shapes_server: TorchServe, shapes_gateway: tuple[Settings, str]) -> Map
         "kserve by rest": {"url": f"http://127.0.0.1:{settings.port}", "protocol": "kserve", "token": key},
         "kserve by grpc": {"url": f"grpc://127.0.0.1:{settings.grpc_port}", "protocol": "kserve", "token": key},
     }
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[bytes]:
-    """JPEGs of drawn shapes, of different sizes."""
-    found = []
-    for seed, (width, height) in enumerate(SIZES):
-        buffer = io.BytesIO()
-        draw_scene(default_rng(seed), width, height)[0].save(buffer, "JPEG")
-        found.append(buffer.getvalue())
-    return found
 
 
 def test_all_ways_in_give_the_same_detections(ways, pictures):

@@ -17,7 +17,7 @@ import httpx
 import pytest
 import schemathesis
 import yaml
-from conftest import free_port
+from e2e.conftest import free_port
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from moto.server import ThreadedMotoServer

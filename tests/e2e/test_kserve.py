@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -18,8 +17,7 @@ import pytest
 import torch
 import tritonclient.grpc
 import tritonclient.http
-from conftest import free_port, run_gateway
-from numpy.random import default_rng
+from e2e.conftest import SIZES, free_port, run_gateway
 from tritonclient.utils import InferenceServerException
 
 from handlers.geometry import Letterbox, letterbox, plan_letterbox
@@ -30,7 +28,6 @@ from handlers.settings import Limits as PictureLimits
 from handlers.settings import Preprocess
 from model_defs.candidates import from_rows
 from tools.archive.recipe import load_recipe
-from tools.data.draw import draw_scene
 from tools.errors import ToolError
 from tools.gateway.kserve.grpc import serve
 from tools.gateway.settings import Limits, Server, Settings, Video
@@ -41,7 +38,6 @@ from tools.serve.server import TorchServe
 pytestmark = pytest.mark.e2e
 # A busy machine is no fault of the code.
 PATIENCE_S = 120
-SIZES = (200, 150), (320, 320), (90, 260)
 
 
 class Gateway(NamedTuple):
@@ -70,17 +66,6 @@ def gateway(shapes_gateway: tuple[Settings, str]) -> Iterator[Gateway]:
     ):
         stub = GRPCInferenceServiceStub(channel)
         yield Gateway(address, grpc_address, stub, {"authorization": f"Bearer {key}"}, rest, over_grpc)
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[bytes]:
-    """JPEGs of drawn shapes, of different sizes."""
-    found = []
-    for seed, (width, height) in enumerate(SIZES):
-        buffer = io.BytesIO()
-        draw_scene(default_rng(seed), width, height)[0].save(buffer, "JPEG")
-        found.append(buffer.getvalue())
-    return found
 
 
 @pytest.fixture(params=["rest", "grpc"])
