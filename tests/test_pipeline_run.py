@@ -1,4 +1,4 @@
-"""`marina pipeline`: its parameters, its scripts, the local runner, and the whole path on drawn pictures."""
+"""`marina pipeline`: its parameters, its scripts, the local runner. The whole path: e2e/test_pipeline_store.py."""
 
 import argparse
 import json
@@ -489,48 +489,3 @@ def _free(folder: Path) -> bool:
             return True
     except ToolError:
         return False
-
-
-# --- the whole path
-
-
-def marina(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).parent / "marina"), *arguments]
-    return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
-
-
-def test_from_drawn_pictures_to_production_and_a_worse_model_stopped(tmp_path: Path) -> None:
-    content = NEEDED | {"store": str(tmp_path / "store"), "dataset": "shapes", "model_name": "shapes"}
-    content |= {"device": "auto", "gpu_timeout": "1s", "model_size": "n", "epochs": 1, "size": 64, "max_side": 96}
-    content |= {"license": HOSTILE, "require": "map50=0"}
-    path = write_yaml(tmp_path / "shapes.yaml", **content, batch=8)
-    hidden = {"AWS_SECRET_ACCESS_KEY": "a-secret-key", "AWS_ACCESS_KEY_ID": "a-key-id", "CUDA_VISIBLE_DEVICES": ""}
-    done = marina(tmp_path, "pipeline", "run", str(path), "--set", "demo_pictures=24", **hidden)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "a-secret-key" not in done.stdout + done.stderr and "THE CPU TRAINS" in done.stdout
-    folder = tmp_path / "pipelines" / "shapes"
-    identifier = (folder / "archive.id").read_text().strip()
-    for tag in ("latest", "production"):
-        shown = json.loads(marina(tmp_path, "store", "show", f"shapes@{tag}", "--store", content["store"]).stdout)
-        assert (shown["id"], shown["evidence"]["gates"][0]["name"]) == (identifier, "map50")
-    assert yaml.safe_load((folder / "run" / "archive.yaml").read_text())["license"] == HOSTILE
-    assert not [*tmp_path.rglob("pwned")]
-
-    # The same model before a higher gate: as far as its evaluation nothing would be otherwise.
-    shutil.copytree(folder, tmp_path / "worse")
-    for name in ("archive.id", "run.id", "archive.mar", "gate.txt"):
-        (tmp_path / "worse" / name).unlink()
-    state = json.loads((folder / STATE).read_text())
-    state["parameters"]["require"] = "map50=0.99"
-    state["done"] = state["done"][: NAMES.index("gate")]
-    (tmp_path / "worse" / STATE).write_text(json.dumps(state))
-    changes = ("--set", "demo_pictures=24", "--set", "require=map50=0.99")
-    worse = marina(tmp_path, "pipeline", "run", str(path), "--folder", "worse", "--resume", *changes, **hidden)
-    assert worse.returncode == 1
-    assert worse.stderr.startswith("marina: step gate failed: marina: the gate is not passed: map50 ")
-    assert "gate=Failed" in worse.stdout and "export=None" in worse.stdout
-    assert "archive: none was pushed, and no tag was moved" in worse.stdout
-    listed = marina(tmp_path, "store", "list", "--store", content["store"]).stdout.splitlines()
-    assert [line.split()[1] for line in listed[1:]].count("archives") == 1
-    shown = json.loads(marina(tmp_path, "store", "show", "shapes@latest", "--store", content["store"]).stdout)
-    assert shown["id"] == identifier

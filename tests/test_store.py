@@ -607,6 +607,7 @@ def test_the_command_from_push_to_rollback(
         assert marina(folder_url, *arguments) == 0
         return capsys.readouterr().out.splitlines()
 
+    assert run("check") == [f"{folder_url}: can be written to, and keeps tags"]
     one, two = versions(tmp_path, 1, 2)
     found = [evaluation(tmp_path / version, model=f"shapes {version}") for version in ("1.1", "1.2")]
     ids = [

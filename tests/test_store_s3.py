@@ -11,7 +11,7 @@ from tiny_archive import write_archive
 
 from tools.errors import ToolError
 from tools.store.gc import collect
-from tools.store.objects import PART, look_at, part_size
+from tools.store.objects import PART, PROBES, look_at, part_size
 from tools.store.promote import promote
 from tools.store.s3 import S3Objects
 from tools.store.store import Store
@@ -206,10 +206,11 @@ def test_a_server_that_overwrites_stores_but_moves_no_tags(rclone: Path, tmp_pat
         lambda: promote(store, pushed[0], "production", None, "a test"),
         lambda: store.tags("archives", "a").roll_back("production", ""),
         lambda: collect(store, NOW),
+        store.check,
     ):
         with pytest.raises(ToolError, match=r"overwrites what `If-None-Match.*AWS S3, MinIO, Ceph radosgw and moto"):
             forbidden()
-    assert store.tagged() == {} and not store.objects.names("uploads/")
+    assert store.tagged() == {} and not store.objects.names(PROBES)
 
 
 def test_nothing_of_the_credentials_is_in_the_store(rclone: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def run_pipeline(parameters: Parameters, folder: Path, resume: bool) -> State:
     can be run: the folder is taken, or holds another pipeline.
     """
     if not SUMMARY.script.is_file():
-        raise ToolError(f"{SUMMARY.script} is not there: the step scripts come with Marina's source; run a checkout")
+        raise ToolError(f"{SUMMARY.script} is not there, though it belongs to Marina; install it again")
     with progress.alone(folder) as lock, _ended_by_signals():
         state = progress.read(folder, parameters) if resume else progress.start(folder, parameters)
         state = state.model_copy(update={"failed": None, "reason": None})

@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 from tools.pipeline.parameters import HERE_ONLY, Parameters, as_text, variable
 
-SCRIPTS = Path(__file__).resolve().parent.parent.parent / "docker" / "tekton" / "steps"
+# In a wheel they lie beside this module, as pyproject.toml says.
+INSTALLED = Path(__file__).resolve().with_name("scripts")
+SOURCE = Path(__file__).resolve().parent.parent.parent / "docker" / "tekton" / "steps"
+SCRIPTS = INSTALLED if INSTALLED.is_dir() else SOURCE
 STORE = ("store", "s3_endpoint")
 EVERYTHING = tuple(Parameters.model_fields)
 

@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         return sub
 
+    action("check", "whether it can be reached, written to, and keeps tags")
+
     push = action("push", "store a file or folder; prints its id")
     push.add_argument("path", type=Path, help="a .mar, weights, a run's folder, a data set's folder or .zip")
     push.add_argument("--name", help="instead of the file's or folder's; an archive has its name inside")
@@ -110,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
     if not url:
         raise ToolError(f"say which store: --store s3://BUCKET/PREFIX or a folder, or set {VARIABLE}")
     return {
+        "check": _check,
         "push": _push,
         "list": _list,
         "show": _show,
@@ -121,6 +124,12 @@ def run(args: argparse.Namespace) -> int:
         "deploy": _deploy,
         "gc": _gc,
     }[args.action](Store(url), args)
+
+
+def _check(store: "Store", args: argparse.Namespace) -> int:
+    store.check()
+    print(f"{store.url}: can be written to, and keeps tags")
+    return 0
 
 
 def _push(store: "Store", args: argparse.Namespace) -> int:

@@ -13,6 +13,8 @@ MIB = 1 << 20
 # S3 takes parts from 5 MiB up, and 10,000 of them.
 PART = 8 * MIB
 MAX_PARTS = 10_000
+# Of objects that only find out what a store can do; `clean` removes those that were left.
+PROBES = "uploads/"
 
 Advance = Callable[[int], object]
 

@@ -17,7 +17,7 @@ from botocore import exceptions as boto
 
 from tools.errors import ToolError
 from tools.store.manifest import new_id, time_of
-from tools.store.objects import PART, Advance, Entry, LocalFile, Missing, md5
+from tools.store.objects import PART, PROBES, Advance, Entry, LocalFile, Missing, md5
 
 # A request is tried this often, by botocore and around it by s3fs, which sees connections cut off in the middle.
 TRIES = 3
@@ -28,8 +28,6 @@ REQUEST_S = 300
 # Of a create-only write that the server could not decide because of another at the same moment.
 CONFLICT_TRIES = 20
 UPLOAD_TRIES = 3
-
-PROBES = "uploads/"
 
 MISSING = {"NoSuchKey", "NoSuchUpload", "404"}
 EXISTS = {"PreconditionFailed", "412"}
@@ -158,8 +156,8 @@ class S3Objects:
         if not kept:
             raise ToolError(
                 f"store {self.url}: its server overwrites what `If-None-Match: *` forbids to, so tags cannot be moved"
-                " safely on it, nor anything removed; AWS S3, MinIO, Ceph radosgw and moto keep it, `rclone serve s3`"
-                " does not"
+                " safely on it, nor anything removed; AWS S3, MinIO, Ceph radosgw and moto keep it (radosgw not in a"
+                " bucket with versioning), `rclone serve s3` does not"
             )
         self._exclusive = True
 

@@ -28,7 +28,7 @@ from tools.store.manifest import (
     read_record,
     unique_blobs,
 )
-from tools.store.objects import Advance, Missing, open_objects
+from tools.store.objects import PROBES, Advance, Missing, open_objects
 from tools.store.tags import Tag, Tags, check_tag, parse_target, who
 from tools.store.transfer import download, is_there, writing
 
@@ -51,6 +51,13 @@ class Store:
 
     def tags(self, kind: Kind, name: str) -> Tags:
         return Tags(self.objects, kind, name)
+
+    def check(self) -> None:
+        """Raises ToolError unless the store can be written to and tags can be moved on it."""
+        probe = f"{PROBES}{new_id()}"
+        self.objects.create(probe, b"")
+        self.objects.delete(probe)
+        self.objects.check_exclusive()
 
     def push(
         self, path: Path, name: str | None = None, evaluation: Path | None = None, require: Sequence[str] = ()

@@ -1,8 +1,9 @@
 #!/bin/sh
-# The parameters checked; data set and weights from the store. With demo_pictures, drawn ones are pushed first.
+# The parameters and the store checked; data set and weights from the store. With demo_pictures, drawn ones are pushed first.
 set -eu
 marina pipeline check
 if [ -n "$MARINA_S3_ENDPOINT" ]; then export AWS_ENDPOINT_URL="$MARINA_S3_ENDPOINT"; fi
+marina store check
 
 # Nothing of another run, where a volume has served one before.
 rm -rf drawn raw data weights run evaluation archive.mar version device gpu gate.txt run.id archive.id
