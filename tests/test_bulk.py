@@ -48,16 +48,13 @@ for shard in read_shards(target):
 
 HOSTILE = ["plain.jpg", 'a b/c\'d "e".jpg', "new\nline.jpg", "é 漢字 $(date).jpg", "-f.jpg", "x" * 200 + ".jpg"]
 
-# The command, before other programs know it.
-MARINA = """
-import sys
+# The command for each line of stdin, in one process: it imports torch and Ray.
+EACH = """
+import json, sys
 from tools import cli
-cli.COMMANDS.setdefault("detect-bulk", ("tools.bulk.command", ""))
-for name in ("ray", "pyarrow"):
-    cli.EXTRAS.setdefault(name, "bulk")
+for line in sys.stdin:
+    print(cli.main(json.loads(line)), file=sys.stderr, flush=True)
 """
-ONCE = MARINA + "sys.exit(cli.main(sys.argv[1:]))"
-EACH = MARINA + "import json\nfor line in sys.stdin: print(cli.main(json.loads(line)), file=sys.stderr, flush=True)"
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +405,7 @@ def test_killed_with_nine_and_resumed_each_picture_is_there_once(archive: Path, 
     assert 3 <= done < 12
     settings = ["--archive", str(archive), "--workers", "1", "--max-detections", "5"]
     second = subprocess.Popen(
-        [sys.executable, "-c", ONCE, "detect-bulk", *places, *settings],
+        [sys.executable, "-m", "tools.cli", "detect-bulk", *places, *settings],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
