@@ -381,7 +381,7 @@ def test_a_server_that_cannot_be_updated_is_one_line(
     manifest = store.push(tiny_archive.write_archive(tmp_path / "a.mar", "tiny"))
     with (
         as_in_the_container(repository) as address,
-        pytest.raises(ToolError, match="start the server with enable_model"),
+        pytest.raises(ToolError, match="start it by `marina serve --management-port`"),
     ):
         deploy(store, manifest, address, served, print)
     with pytest.raises(ToolError, match=r"refuses the token; give its key_file.json"):
