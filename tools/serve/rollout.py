@@ -235,8 +235,8 @@ class _Model:
             return answer
         if answer.status_code == 405:
             raise ToolError(
-                f"{self._address.management} takes no models while it runs; start it by `marina serve --management-port`, or a"
-                " TorchServe of your own with enable_model_api=true"
+                f"{self._address.management} takes no models while it runs; start it by `marina serve"
+                " --management-port`, or a TorchServe of your own with enable_model_api=true"
             )
         if "InvalidKeyException" in answer.text:
             raise ToolError(f"{self._address.management} refuses the token; give its key_file.json with --token-file")
