@@ -3,10 +3,12 @@
 import io
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
-from http.server import BaseHTTPRequestHandler
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +69,7 @@ def test_a_list_names_sources_relative_to_itself(folder):
         ("screen:0,0,64,48", "live"),
         ("rtsp://user:secret@camera/1", "live"),
         ("https://example.org/a/stream.m3u8", "live"),
-        ("https://example.org/a.mp4?x=1", "live"),
+        ("https://example.org/a.mp4?x=1", "remote"),
         ("https://example.org/a%20b.JPG?size=large", "picture"),
     ],
 )
@@ -157,7 +159,12 @@ def web() -> Iterator[str]:
 
 
 def test_the_content_type_tells_where_the_name_does_not(web):
-    urls = {"image/png": "picture", "multipart/x-mixed-replace;boundary=x": "live", "video/mp4": "live", "": "picture"}
+    urls = {
+        "image/png": "picture",
+        "multipart/x-mixed-replace;boundary=x": "live",
+        "video/mp4": "remote",
+        "": "picture",
+    }
     assert [one.kind for one in find_sources(f"{web}/camera?{kind}" for kind in urls)] == list(urls.values())
 
 
@@ -180,6 +187,44 @@ def test_a_video_gives_its_frames_as_jpeg(clip):
     with Image.open(io.BytesIO(shots[7].load())) as image:
         assert (image.format, image.size) == ("JPEG", (64, 48))
         assert abs(np.asarray(image).mean() - 140) < 4
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[str]:
+    """The address of the folder, whose server does not know of parts of files."""
+    handler = partial(QuietHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_of_a_video_behind_an_address_no_frame_is_lost(clip, files, tmp_path, monkeypatch):
+    (tmp_path / "made").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "made"))
+    url = f"{files}/clip.mp4"
+    shots = Shots(find_sources(f"{url}?key=secret"), stride=3)
+    taken = []
+    for shot in shots:
+        time.sleep(0.05)
+        taken.append(shot)
+    assert [shot.frame for shot in taken] == [0, 3, 6, 9]
+    assert {shot.source for shot in taken} == {url} and taken[0].film.dropped == 0
+    shots.close()
+    assert not list((tmp_path / "made").iterdir())
+
+
+def test_a_video_behind_an_address_that_cannot_be_had_is_one_line(files, tmp_path):
+    (tmp_path / "none.mp4").write_bytes(b"no video")
+    for name, said in (("gone.mp4", r"^cannot be fetched \(404 File not found\)$"), ("none.mp4", r"^cannot be opened")):
+        (shot,) = Shots(find_sources(f"{files}/{name}"))
+        with pytest.raises(Unreadable, match=said):
+            shot.load()
 
 
 def test_a_stride_leaves_frames_out(clip):

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from tools.errors import ToolError
 from tools.video import frames as frames_module
@@ -149,6 +149,21 @@ def test_frames_are_upright(tmp_path, rotation, mirrored):
         assert turned.rotation % 360 == rotation or mirrored
     expected = np.rot90(plain.pixels, rotation // 90)
     assert np.array_equal(frame.pixels, expected[:, ::-1] if mirrored else expected)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_frames_with_exif_as_cameras_write_it_are_upright(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture = Image.fromarray(numbered(5))
+    picture.save(tmp_path / "frame.jpg", quality=95, exif=exif)
+    path = tmp_path / "camera.mjpeg"
+    path.write_bytes((tmp_path / "frame.jpg").read_bytes() * 3)
+    with Image.open(tmp_path / "frame.jpg") as image, VideoFile(path) as video:
+        upright = np.asarray(ImageOps.exif_transpose(image)).astype(int)
+        frames = list(video)
+    assert len(frames) == 3 and frames[0].pixels.shape == upright.shape
+    assert np.abs(frames[0].pixels - upright).mean() < 5
 
 
 def test_times_of_a_variable_rate_are_kept(tmp_path):

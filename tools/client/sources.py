@@ -1,18 +1,20 @@
 """What people ask about, as pictures and frames one after the other.
 
     "photos/"  "photos/*.jpg"  "list.txt"  "bus.jpg"  "https://…/bus.jpg"      pictures
-    "door.mp4"                                                                 every frame of a video
-    "rtsp://…"  "https://…/door.mp4"  a page of YouTube (with yt-dlp)
-    "0", a webcam  "screen", "screen:x,y,w,h"                                  the newest frames of a live source
+    "door.mp4"  "https://…/door.mp4"  a page of YouTube (with yt-dlp)          every frame of a video
+    "rtsp://…"  "0", a webcam  "screen", "screen:x,y,w,h"                      the newest frames of a live source
 
-A folder gives its pictures and videos by name, not those of folders in it; a glob with `**` does. A list holds one
-source a line, paths relative to the list.
+A video behind an address is fetched first; one that its server gives no length of is live. A folder gives its
+pictures and videos by name, not those of folders in it; a glob with `**` does. A list holds one source a line, paths
+relative to the list.
 """
 
 import glob
 import io
+import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 from tools.client.answer import Answer
 from tools.data.check import LIMITS
 from tools.errors import ToolError
+from tools.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,10 +92,10 @@ class Shot:
 
 @dataclass(frozen=True)
 class Source:
-    """One picture, video or live source, or one that is none. place: a path, URL, number of a webcam or part of the
-    screen. reason: why it is none."""
+    """One picture, video or live source, or one that is none; remote: a video behind an address. place: a path, URL,
+    number of a webcam or part of the screen. reason: why it is none."""
 
-    kind: Literal["picture", "video", "live", "none"]
+    kind: Literal["picture", "video", "remote", "live", "none"]
     place: str | Path | bytes
     reason: str = ""
 
@@ -121,6 +124,7 @@ class Shots:
         self._shots = self._all(sources)
         self._open: VideoFile | LiveStream | None = None
         self._closed = False
+        self._fetched = ExitStack()  # folders, each with a video
 
     def __iter__(self) -> Self:
         return self
@@ -129,10 +133,11 @@ class Shots:
         return next(self._shots)
 
     def close(self) -> None:
-        """Ends the iteration, from whatever thread: one that waits for a frame gets none."""
+        """Ends the iteration, from whatever thread: one that waits for a frame gets none. What was fetched goes."""
         self._closed = True
         if self._open is not None:
             self._open.close()
+        self._fetched.close()
 
     def _all(self, sources: Iterable[Source]) -> Iterator[Shot]:
         for source in sources:
@@ -146,17 +151,17 @@ class Shots:
                 yield from self._frames(source)
 
     def _frames(self, source: Source) -> Iterator[Shot]:
-        from tools.video.frames import VideoFile, stream
+        from tools.video.frames import VideoFile, without_secrets
 
-        name = source.name
+        name = without_secrets(source.name) if source.kind == "remote" else source.name
         try:
-            with stream(name) if source.kind == "live" else VideoFile(Path(name), self._stride) as frames:
+            with self._opened(source, name) as frames:
                 self._open = frames
                 if self._closed:
                     return
-                name = getattr(frames, "name", name)  # of a live source, without its secrets
-                has_audio = isinstance(frames, VideoFile) and frames.has_audio
-                film = Film(name, getattr(frames, "rate", LIVE_RATE), Path(name) if has_audio else None, frames)
+                name = frames.name
+                audio_from = frames.path if isinstance(frames, VideoFile) and frames.has_audio else None
+                film = Film(name, getattr(frames, "rate", LIVE_RATE), audio_from, frames)
                 for frame in frames:
                     yield Shot(name, partial(_encode, frame.pixels), film, frame.index, frame.seconds, frame.pixels)
                 if frames.damaged:
@@ -165,6 +170,47 @@ class Shots:
             yield _broken(name, str(error))
         finally:
             self._open = None
+
+    def _opened(self, source: Source, name: str) -> "VideoFile | LiveStream":
+        from tools.video.frames import VideoFile, stream
+
+        if source.kind == "live":
+            return stream(source.name)
+        if source.kind == "video":
+            return VideoFile(Path(source.name), self._stride)
+        path = self._fetch_video(source.name, name)
+        return VideoFile(path, self._stride, name) if path else stream(source.name)
+
+    def _fetch_video(self, url: str, name: str) -> Path | None:
+        """None for one of a length that its server does not know, as of a camera. Raises ToolError."""
+        import httpx
+
+        path = Path(self._fetched.enter_context(tempfile.TemporaryDirectory(prefix="marina-"))) / "video"
+        try:
+            with httpx.stream("GET", url, timeout=FETCH_TIMEOUT_S, follow_redirects=True) as response:
+                response.raise_for_status()
+                length = response.headers.get("Content-Length", "")
+                if not length.isdecimal():
+                    return None
+                with path.open("wb") as file, Progress(f"fetching {name}", int(length)) as progress:
+                    for part in response.iter_bytes():
+                        if self._closed:
+                            break
+                        file.write(part)
+                        progress.advance(len(part))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ToolError(f"{name} cannot be fetched ({_why(error)})") from error
+        except OSError as error:
+            raise ToolError(
+                f"{name} cannot be kept in {tempfile.gettempdir()} ({error.strerror}); make room there or set TMPDIR"
+            ) from error
+        return path
+
+
+def _why(error: Exception) -> str:
+    """httpx adds advice for programmers to a status."""
+    response = getattr(error, "response", None)
+    return f"{response.status_code} {response.reason_phrase}" if response else str(error) or type(error).__name__
 
 
 def _broken(name: str, reason: str) -> Shot:
@@ -265,10 +311,10 @@ def _of_url(url: str, scheme: str) -> Source:
         raise ToolError(f"source {url} has an unknown scheme; known: http, https, {', '.join(LIVE_SCHEMES)}")
     parts = urllib.parse.urlsplit(url)
     if (parts.hostname or "").removeprefix("www.").removeprefix("m.") in YOUTUBE:
-        return Source("live", _youtube(url))
+        return _of_url(_youtube(url), "https")
     suffix = Path(parts.path).suffix.lower()
     if suffix in LIVE_SUFFIXES | VIDEOS:
-        return Source("live", url)
+        return Source("live" if suffix in LIVE_SUFFIXES else "remote", url)
     return Source("picture", url) if suffix in PICTURES else _by_content(url)
 
 
@@ -280,8 +326,10 @@ def _by_content(url: str) -> Source:
         with httpx.stream("GET", url, timeout=FETCH_TIMEOUT_S, follow_redirects=True) as response:
             kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ToolError(f"source {url} cannot be fetched ({error or type(error).__name__})") from error
-    return Source("live" if kind in LIVE_TYPES or kind.startswith("video/") else "picture", url)
+        raise ToolError(f"source {url} cannot be fetched ({_why(error)})") from error
+    if kind in LIVE_TYPES:
+        return Source("live", url)
+    return Source("remote" if kind.startswith("video/") else "picture", url)
 
 
 def _youtube(url: str) -> str:
@@ -330,4 +378,4 @@ def _fetch(url: str) -> bytes:
                     raise Unreadable(f"the picture has more than the {LIMITS.max_bytes:,} bytes that are sent")
             return bytes(body)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Unreadable(f"the picture cannot be fetched ({error or type(error).__name__})") from error
+        raise Unreadable(f"the picture cannot be fetched ({_why(error)})") from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import re
 import sys
 import threading
@@ -51,15 +52,16 @@ class Frame:
     pixels: np.ndarray
 
 
-def open_file(path: Path) -> InputContainer:
-    """A container of the closed list of formats, which reads nothing but this file. Raises ToolError."""
+def open_file(path: Path, name: str | None = None) -> InputContainer:
+    """A container of the closed list of formats, which reads nothing but this file. name: for messages. Raises
+    ToolError."""
     try:
         # "file:" keeps a name such as "concat:a|b" from being taken for an address.
         return av.open(
             f"file:{path.absolute()}", options={"protocol_whitelist": "file", "format_whitelist": FORMATS}, mode="r"
         )
     except (av.FFmpegError, ValueError) as error:
-        raise ToolError(f"{path} cannot be opened as a video ({_reason(error)})") from error
+        raise ToolError(f"{name or path} cannot be opened as a video ({_reason(error)})") from error
 
 
 def start_of(container: InputContainer) -> Fraction:
@@ -77,21 +79,24 @@ class VideoFile:
     both of the frames that come out, so with a stride divided by it. damaged: one line once something could not
     be decoded, None before; what can be decoded comes out all the same.
 
+    name: for messages, the path where it is not given.
+
     Raises ToolError where the file cannot be opened, has no video stream, or no frame of it can be decoded.
     """
 
-    def __init__(self, path: Path, stride: int = 1):
+    def __init__(self, path: Path, stride: int = 1, name: str | None = None):
         if stride < 1:
             raise ToolError(f"a stride of {stride} frames is not possible; give 1 or more")
         self.path = path
+        self.name = name or str(path)
         self.damaged: str | None = None
         self._stride = stride
         self._lock = threading.Lock()
         self._seen = 0  # frames decoded
-        self._container = open_file(path)
+        self._container = open_file(path, name)
         self._closed = False
         try:
-            self._stream = _video_stream(self._container, path)
+            self._stream = _video_stream(self._container, self.name)
             self._start = start_of(self._container)
             source_rate = self._stream.average_rate or self._stream.guessed_rate or UNKNOWN_RATE
             self._source_rate = Fraction(source_rate)
@@ -99,7 +104,7 @@ class VideoFile:
             first = next(decoded, None)
             if first is None:
                 raise ToolError(
-                    f"{path} has no frame that can be decoded" + (f" ({self.damaged})" * bool(self.damaged))
+                    f"{self.name} has no frame that can be decoded" + (f" ({self.damaged})" * bool(self.damaged))
                 )
         except BaseException:
             self._container.close()
@@ -176,17 +181,17 @@ class VideoFile:
             self._note(f"it ends after {latest:.1f} of {promised:.1f} s")
 
     def _note(self, reason: str) -> None:
-        self.damaged = self.damaged or f"{self.path} is damaged near frame {self._seen}: {reason}"
+        self.damaged = self.damaged or f"{self.name} is damaged near frame {self._seen}: {reason}"
 
 
-def _video_stream(container: InputContainer, path: Path) -> VideoStream:
+def _video_stream(container: InputContainer, name: str) -> VideoStream:
     for stream in container.streams.video:
         if stream.disposition & Disposition.attached_pic:
             continue  # the cover of a song
         if stream.width * stream.height > MAX_PIXELS:
-            raise ToolError(f"{path} has frames of {stream.width}x{stream.height}, more than {MAX_PIXELS} pixels")
+            raise ToolError(f"{name} has frames of {stream.width}x{stream.height}, more than {MAX_PIXELS} pixels")
         return stream
-    raise ToolError(f"{path} has no video stream; give a video")
+    raise ToolError(f"{name} has no video stream; give a video")
 
 
 def _promised_seconds(stream: VideoStream) -> float:
@@ -200,11 +205,21 @@ def _promised_seconds(stream: VideoStream) -> float:
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """a, b, c, d of the frame's display matrix: a pixel at (x, y) is shown at (a x + c y, b x + d y)."""
-    side_data: Any = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        side_data: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # PyAV refuses all of it where there is a kind that it does not know, such as EXIF, and tells but the turn.
+        return _turned(frame.rotation)
     if side_data is None:
         return 1, 0, 0, 1
     a, b, _, c, d, *_ = np.frombuffer(side_data, np.int32).tolist()
     return a, b, c, d
+
+
+def _turned(degrees: int) -> tuple[int, int, int, int]:
+    """The display matrix of a turn, counterclockwise."""
+    cos, sin = round(math.cos(math.radians(degrees))), round(math.sin(math.radians(degrees)))
+    return cos, -sin, sin, cos
 
 
 def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
@@ -345,9 +360,17 @@ def stream(source: str, reconnect: bool = True) -> LiveStream:
             f"{source!r} is no live source; give an address ({', '.join(sorted(SCHEMES))}), "
             "a camera (0 or /dev/video0) or screen[:x,y,width,height]"
         )
-    # User, password and query may be secrets.
-    name = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
-    return LiveStream(name, partial(_av_frames, source, options={"rtsp_transport": "tcp"}), reconnect=reconnect)
+    return LiveStream(
+        without_secrets(source), partial(_av_frames, source, options={"rtsp_transport": "tcp"}), reconnect=reconnect
+    )
+
+
+def without_secrets(source: str) -> str:
+    """An address without user, password and query; anything else as it is."""
+    address = urlsplit(source)
+    if address.scheme not in SCHEMES or not address.netloc:
+        return source
+    return f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
 
 
 def _av_frames(address: str, **how: Any) -> Generator[Decode]:
