@@ -195,6 +195,12 @@ def test_wrong_credentials_are_one_line_without_them(rclone: Path, monkeypatch: 
         assert "WRONGWRONG" not in str(failure.value)
 
 
+def test_an_endpoint_without_a_scheme_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9000")
+    with pytest.raises(ToolError, match=r"Invalid endpoint: 127\.0\.0\.1:9000\); is AWS_ENDPOINT_URL right\?"):
+        Store(URL)
+
+
 def test_a_server_that_overwrites_stores_but_moves_no_tags(rclone: Path, tmp_path: Path) -> None:
     store = Store(URL)
     path, large = write_archive(tmp_path / "a.mar", "a"), write_zip(tmp_path / "large.zip", 2 * PART)

@@ -10,7 +10,7 @@ OF_PICTURE = {
     if isinstance(kind, type) and issubclass(kind, errors.RequestError) and kind is not errors.InvalidOption
 }
 TOO_LARGE = 413
-# The kind of a refusal that bears no name, as all in KServe v2. 400 and 500 may then be about one picture.
+# The kind of a refusal that bears no name, as KServe v2 itself has none. 400 and 500 may then be about one picture.
 UNNAMED = "Refused"
 OF_PICTURE_UNNAMED = (400, 415, 500)
 

@@ -1,5 +1,5 @@
 """Every error that the gateway answers with: in TorchServe's form, `{"code", "type", "message"}`, or where a client of
-KServe v2 asks in the form of that, `{"error": "…"}`."""
+KServe v2 asks in the form of that, `{"error": "…"}`, with the type beside it."""
 
 import math
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ class GatewayError(HTTPException):
         """path: of the request."""
         content = {"code": self.status, "type": self.type, "message": self.message}
         if path.startswith(f"{KSERVE}/"):
-            content = {"error": self.message}
+            content = {"error": self.message, "type": self.type}
         return JSONResponse(content, self.status, self.headers)
 
 

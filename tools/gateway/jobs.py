@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from handlers.errors import InvalidOption
 from handlers.options import ALLOWED, Options, parse_options
@@ -44,8 +45,6 @@ _LINES: dict[int | str, dict[str, Any]] = {
 class Wishes(BaseModel):
     """What to look for in a video; a threshold that is left out is the model's own."""
 
-    model_config = ConfigDict(extra="forbid")
-
     model: str | None = Field(None, description="may be left out where only one is served")
     version: str | None = Field(None, description="without it the one that the server serves by default")
     score_threshold: float | None = Field(None, ge=0, le=1)
@@ -53,6 +52,15 @@ class Wishes(BaseModel):
     classes: str | None = Field(None, max_length=10_000, description=ALLOWED["classes"])
     stride: int = Field(1, ge=1, le=10_000, description="look at every n-th frame only, and show only those")
     track: bool = Field(False, description="number the objects, each the same from frame to frame")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _are_known(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name not in cls.model_fields:
+                told = {"name": repr(name[:80]), "known": ", ".join(cls.model_fields)}
+                raise PydanticCustomError("unknown_option", "unknown query parameter {name}; known: {known}", told)
+        return given
 
     @property
     def headers(self) -> dict[str, str]:
@@ -83,7 +91,7 @@ def router(services: Services) -> APIRouter:
         model = await services.backend.model(name, wishes.version)
         check_classes(wishes, model.labels)
         now = datetime.now(UTC)
-        job = new_name(int(now.timestamp()))
+        job = new_name(now.timestamp())
         with jobs.arriving(job) as source:
             await _receive(request, source)
             frames = await asyncio.to_thread(_count_frames, source, wishes.stride)

@@ -12,9 +12,9 @@ After = Annotated[str, Query(description="`next` of the page before", max_length
 Limit = Annotated[int, Query(ge=1, le=MOST_LISTED)]
 
 
-def new_name(seconds: int) -> str:
-    """32 hexadecimal digits: the time of creation, seconds since 1970, then chance."""
-    return f"{seconds:08x}{secrets.token_hex(12)}"
+def new_name(seconds: float) -> str:
+    """32 hexadecimal digits: 8 of the time of creation, whole seconds since 1970, 8 of its fraction, 16 of chance."""
+    return f"{int(seconds * 2**32):016x}{secrets.token_hex(8)}"
 
 
 def page(names: Iterable[str], after: str, limit: int) -> tuple[list[str], str | None]:

@@ -73,12 +73,12 @@ class Shelf:
 
     def add(self, owner: str, picture: bytes, filename: str, answer: dict[str, Any]) -> Upload:
         """answer: of format `detections`."""
-        now = int(time.time())
+        now = time.time()
         detections = answer["detections"]
         upload = Upload(
             id=new_name(now),
-            created=_moment(now),
-            expires=_moment(now + self._ttl_s),
+            created=_moment(int(now)),
+            expires=_moment(int(now) + self._ttl_s),
             filename="".join(character for character in filename if character.isprintable())[:200],
             content_type=f"image/{(sniff(picture) or '').lower()}",
             counts=Counter(detection["label"] for detection in detections),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.archive.reader import PROVENANCE, open_archive
+from tools.archive.verify import check_entries
 from tools.data.dataset import INFO, read_dataset
 from tools.errors import ToolError
 from tools.progress import Progress
@@ -70,6 +71,8 @@ def _archive(path: Path, name: str | None) -> Contents:
             raise ToolError(f"--name: {path} has its name inside, {archive.name!r}; set another in its recipe")
         hint = "set another in the recipe"
         provenance = archive.provenance or {}
+        if archive.settings is not None:
+            check_entries(path)
         built_by = provenance.get("marina")
         return Contents(
             "archives",

@@ -130,7 +130,7 @@ def open_objects(url: str) -> Objects:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket) or not re.fullmatch(r"[A-Za-z0-9._/-]*", prefix):
             raise ToolError(f"{url!r} is no store; give s3://BUCKET, s3://BUCKET/PREFIX or a folder")
         return S3Objects(bucket, prefix)
-    if "://" in url or not url:
+    if "://" in url or url.startswith("s3:") or not url:
         raise ToolError(f"{url!r} is no store; give s3://BUCKET, s3://BUCKET/PREFIX or a folder")
     from tools.store.folder import FolderObjects
 

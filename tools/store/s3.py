@@ -274,7 +274,8 @@ class S3Objects:
                 f"store {self.url}: no credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an"
                 " AWS profile"
             ) from error
-        except (OSError, boto.BotoCoreError) as error:
+        # ValueError: of an endpoint that is no URL.
+        except (OSError, boto.BotoCoreError, ValueError) as error:
             raise self._unreachable(error) from error
         return answer
 

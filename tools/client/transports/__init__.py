@@ -55,7 +55,10 @@ def read_answer(body: bytes | str, status: int = 200) -> Answer:
         content = None
     if isinstance(content, dict) and content.keys() >= ERROR_FIELDS and "detections" not in content:
         code = content["code"]
-        raise refused(code if isinstance(code, int) else status, str(content["type"]), str(content["message"]))
+        kind, message = str(content["type"]), str(content["message"])
+        if kind == NO_PATH:
+            message += "; of a gateway use the protocol kserve"
+        raise refused(code if isinstance(code, int) else status, kind, message)
     if status != 200:
         raise refused(status, UNNAMED, short(body) or "the server gives no reason")
     try:
@@ -69,8 +72,6 @@ def read_answer(body: bytes | str, status: int = 200) -> Answer:
 def refused(status: int, kind: str, message: str) -> ServerRefused:
     if kind == WRONG_KEY or status in (401, 403):
         message += "; give the server's token, for the command by --token-file"
-    if kind == NO_PATH:
-        message += "; of a gateway use the protocol kserve"
     return ServerRefused(status, kind, message)
 
 

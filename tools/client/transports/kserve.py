@@ -27,7 +27,7 @@ BOX_DIGITS, SCORE_DIGITS = 3, 6
 LENGTH = struct.Struct("<I")  # before each element of BYTES
 NUMBERS = {"FP32": "f", "INT64": "q"}
 BUSY = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
-# Of what else the gateway says no to, as HTTP has it.
+# Of what else a server says no to, as HTTP has it; the gateway tells its own status, and a name, in metadata.
 STATUSES = {"INVALID_ARGUMENT": 400, "UNAUTHENTICATED": 401, "NOT_FOUND": 404, "INTERNAL": 500}
 
 
@@ -116,25 +116,30 @@ class KServeGrpcTransport:
         if wrong := wrong_address(self._url, error):
             return wrong
         code, text = error.code().name, short(error.details() or "")
+        told = dict(error.trailing_metadata() or ())
         if "larger than max" in text:
             return refused(TOO_LARGE, UNNAMED, f"a picture of {size:,} bytes is too large for the server")
         if code in BUSY:
-            wait = dict(error.trailing_metadata() or ()).get("retry-after")
-            return ServerUnavailable(f"{self._url} is busy, down or not to be reached: {text}", retry_after(wait))
+            wait = retry_after(told.get("retry-after"))
+            return ServerUnavailable(f"{self._url} is busy, down or not to be reached: {text}", wait)
         if code in STATUSES:
-            return refused(STATUSES[code], UNNAMED, text)
+            status = told.get("marina-status", "")
+            return refused(
+                int(status) if status.isdecimal() else STATUSES[code], told.get("marina-type", UNNAMED), text
+            )
         return ServerFailed(f"{self._url} fails: {code} {text}")
 
 
 def _error(response: "httpx.Response") -> ServerError:
-    """The reason in the protocol's form `{"error": "…"}`; in another one it is a TorchServe, asked by mistake."""
+    """The reason in the protocol's form `{"error": "…"}`, its name beside it where the server is our gateway; in another
+    one it is a TorchServe, asked by mistake."""
     try:
         content = response.json()
         if content.keys() >= ERROR_FIELDS:
             return ServerFailed(
                 f"{response.url} is of a TorchServe, which says: {content['message']}; use the protocol rest"
             )
-        return refused(response.status_code, UNNAMED, str(content["error"]))
+        return refused(response.status_code, str(content.get("type", UNNAMED)), str(content["error"]))
     except (AttributeError, KeyError, TypeError, ValueError):
         return refused(response.status_code, UNNAMED, short(response.content) or "the server gives no reason")
 

@@ -127,6 +127,8 @@ class Calls:
         """An answer in format `detections` for each picture."""
         _check_input(given, PICTURES, "[B], a picture an element", len(given.shape) == 1)
         for index, picture in enumerate(pictures):
+            if not picture:
+                raise GatewayError(400, "EmptyBody", f"no picture arrived: {PICTURES}[{index}] is empty")
             # The handler would take JSON and base64 too, and options in them.
             if not sniff(picture):
                 raise GatewayError(

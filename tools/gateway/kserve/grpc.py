@@ -1,4 +1,7 @@
-"""KServe v2 over gRPC: the service `inference.GRPCInferenceService`."""
+"""KServe v2 over gRPC: the service `inference.GRPCInferenceService`.
+
+The metadata behind a refusal tell it as REST does: `marina-status`, `marina-type`, and `retry-after` where there is one.
+"""
 
 import math
 import time
@@ -77,8 +80,10 @@ def _answered(call: Call) -> Call:
             return answered
         except GatewayError as error:
             code = CODES.get(error.status, grpc.StatusCode.INTERNAL)
-            trailer = () if error.retry_after is None else (("retry-after", str(math.ceil(error.retry_after))),)
-            await context.abort(code, error.message[:MAX_DETAILS], trailer)
+            told = [("marina-status", str(error.status)), ("marina-type", error.type)]
+            if error.retry_after is not None:
+                told.append(("retry-after", str(math.ceil(error.retry_after))))
+            await context.abort(code, error.message[:MAX_DETAILS], tuple(told))
         finally:
             figures.under_way.dec()
             figures.seconds.labels(route).observe(time.perf_counter() - began)

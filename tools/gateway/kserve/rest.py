@@ -1,4 +1,4 @@
-"""KServe v2 over REST: `/v2/…`. Errors have the protocol's form, `{"error": "…"}`."""
+"""KServe v2 over REST: `/v2/…`. Errors have the protocol's form, `{"error": "…"}`, and beside it their `type`."""
 
 import asyncio
 from collections.abc import Callable
@@ -34,9 +34,10 @@ class ModelIsReady(BaseModel):
 
 
 class Refused(BaseModel):
-    """Why there is no answer."""
+    """Why there is no answer: a line for people, a name for programs."""
 
     error: str
+    type: str
 
 
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
