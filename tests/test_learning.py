@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from tools.archive.recipe import load_recipe
 from tools.cli import main
 
 
@@ -28,3 +31,8 @@ def test_training_on_other_classes_learns_them(repository: Path, tmp_path: Path)
     assert main(["train", "--data", data, "--output", str(run), "--weights", weights, *fast, *small]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["map50"] > 0.8
+    # The report asks the model as it will be served.
+    report = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert report["overall"]["map50"] == pytest.approx(summary["map50"], abs=0.05)
+    recipe = load_recipe(run)
+    assert len(recipe.golden) == 2 and all(recipe.beside(golden.image).is_file() for golden in recipe.golden)

@@ -241,7 +241,8 @@ def test_from_a_data_set_to_production_and_back_under_load(
     assert tags(store) == {"latest": [identifier], "production": [first.id, identifier]}
     evidence = store.find("shapes@latest", "archives").evidence
     assert evidence and [gate.name for gate in evidence.gates] == ["map50"] and not evidence.failed()
-    assert yaml.safe_load((folder / "run" / "archive.yaml").read_text())["license"] == HOSTILE
+    recipe = yaml.safe_load((folder / "run" / "archive.yaml").read_text())
+    assert recipe["license"] == HOSTILE and len(recipe["golden"]) == 2
     assert not [*tmp_path.rglob("pwned")]
     assert server.versions("shapes") == {"2.0"} and server.files() == ["shapes 2.0"]
     assert (server.store_dir / f"shapes.mar{REPLACED}").is_file()

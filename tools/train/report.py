@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from handlers.pipeline import Pipeline
+from handlers.runtimes.torch import TorchNetwork
 from model_defs.contract import Detections, Detector
 from tools.archive.build import settings_of
 from tools.archive.recipe import load_recipe
@@ -83,8 +84,8 @@ def write_results(
     threshold = _threshold(pictures, found, len(dataset.classes))
     write_recipe(run, settings, labels, threshold, [])
     recipe = load_recipe(run)
-    detector.requires_grad_(False).eval().optimise()
-    pipeline = Pipeline(settings_of(recipe), labels, detector, torch.device("cpu"))
+    device = torch.device("cpu")
+    pipeline = Pipeline(settings_of(recipe), labels, TorchNetwork(detector, device, torch.float32), device)
     evaluation = evaluate(PipelineSource(pipeline, f"{recipe.name} {recipe.version}"), dataset, "valid")
     write_report(evaluation, run / EVALUATION)
     golden = _golden(evaluation)
