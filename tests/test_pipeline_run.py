@@ -80,6 +80,8 @@ def test_a_file_and_changes_to_it(tmp_path: Path) -> None:
         ({"gpu_timeout": "forever"}, "gpu_timeout:"),
         ({"license": "two\nlines"}, "license: must be one line"),
         ({"require": ""}, "require:"),
+        ({"require": "map50"}, "require: map50: give FIGURE=NUMBER; figures are map50, "),
+        ({"require": "ap50:cell=0.5,map50=7"}, "require: map50=7: '7' is no number from 0 to 1"),
         ({"tools_image": "marina/tools:latest"}, "tools_image:"),
         ({"s3_endpoint": "https://key:secret@s3.example.com"}, "s3_endpoint: a URL with a password"),
         ({"deploy": "perhaps"}, "deploy:"),

@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from tools.errors import ToolError
+from tools.evaluate.gates import parse_gates
 from tools.strict import Strict, parse, read_yaml
 from tools.train.config import Definition
 
@@ -106,6 +107,18 @@ class Parameters(Strict):
         """They are shown."""
         if value and re.match(r"[a-z0-9]+://[^/]*@", value):
             raise ValueError("a URL with a password; credentials come from the environment, or a Secret")
+        return value
+
+    @field_validator("require")
+    @classmethod
+    def _is_gates(cls, value: str) -> str:
+        texts = value.split(",")
+        # Which classes there are is known when the data set is read.
+        classes = [text.rpartition("=")[0].partition(":")[2] for text in texts]
+        try:
+            parse_gates(texts, classes)
+        except ToolError as error:
+            raise ValueError(str(error).removeprefix("--require ").partition("; classes are")[0]) from error
         return value
 
     @model_validator(mode="after")

@@ -1,15 +1,16 @@
 """The steps, in order: which script, which parameters it sees, what it needs."""
 
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from tools.pipeline.parameters import HERE_ONLY, Parameters, as_text, variable
 
-# In a wheel they lie beside this module, as pyproject.toml says.
-INSTALLED = Path(__file__).resolve().with_name("scripts")
 SOURCE = Path(__file__).resolve().parent.parent.parent / "docker" / "tekton" / "steps"
-SCRIPTS = INSTALLED if INSTALLED.is_dir() else SOURCE
+# Where a wheel puts them, as pyproject.toml says.
+INSTALLED = Path(sysconfig.get_path("data")) / "share" / "marina" / "steps"
+SCRIPTS = SOURCE if SOURCE.is_dir() else INSTALLED
 STORE = ("store", "s3_endpoint")
 EVERYTHING = tuple(Parameters.model_fields)
 
