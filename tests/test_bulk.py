@@ -20,6 +20,7 @@ import store_places
 from faster_coco_eval import COCO
 from model_folder import LABELS, encode, scene, write_model
 from store_places import BUCKET
+from tiny_archive import as_built
 
 from tools.bulk.cluster import Crew, share
 from tools.bulk.job import Job, Ledger
@@ -65,13 +66,12 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = {"modelName": "small", "modelVersion": "1.0", "handler": "h.py", "configFile": "model-config.yaml"}
     (folder / "MAR-INF").mkdir()
     (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"model": model}))
-    (folder / "MAR-INF" / "PROVENANCE.json").write_text('{"made": "by hand"}')
     (folder / "model-config.yaml").write_text(json.dumps(config))
     path = tmp_path_factory.mktemp("archives") / "small.mar"
     with zipfile.ZipFile(path, "w") as file:
         for each in sorted(folder.rglob("*")):
             file.write(each, each.relative_to(folder))
-    return path
+    return as_built(path)
 
 
 @pytest.fixture(scope="module")
@@ -331,8 +331,8 @@ def test_a_target_that_was_begun_otherwise_is_refused(model: Model, tmp_path: Pa
         planned(two, tmp_path / "out", model, classes="cat,person")
     with pytest.raises(ToolError, match="begun with another archive"):
         planned(one, tmp_path / "out", replace(model, content=b"other"), classes="cat,person")
-    write(tmp_path / "foreign", {"coco.json": b"{}"})
-    with pytest.raises(ToolError, match="holds something else than a run of detect-bulk"):
+    write(tmp_path / "foreign", {"notes/mine.txt": b"{}"})
+    with pytest.raises(ToolError, match=r"holds something else than a run of detect-bulk, notes/mine\.txt; give"):
         planned(one, tmp_path / "foreign", model)
     write(tmp_path / "strange", {"manifest.json": b'{"a": 1}'})
     with pytest.raises(ToolError, match=r"manifest\.json is of another program"):
@@ -355,6 +355,7 @@ def test_one_line_for_what_cannot_work(archive: Path, bucket: str, tmp_path: Pat
     write(tmp_path, {"no.mar": b"x", "file": b"x"})
     (tmp_path / "locked").mkdir()
     out, model = str(tmp_path / "out"), ["--archive", str(archive)]
+    damaged = write(tmp_path, {"damaged.mar": archive.read_bytes().replace(b"person", b"parsun")}) / "damaged.mar"
     cases = [
         ([str(tmp_path / "gone"), out, *model], "gone is no folder"),
         ([str(tmp_path / "texts"), out, *model], "holds no pictures, of 1 files"),
@@ -366,6 +367,7 @@ def test_one_line_for_what_cannot_work(archive: Path, bucket: str, tmp_path: Pat
         ([str(source), out], "archive: missing"),
         ([str(source), out, "--archive", str(tmp_path / "none.mar")], "no such file"),
         ([str(source), out, "--archive", str(tmp_path / "no.mar")], "not a zip file"),
+        ([str(source), out, "--archive", str(damaged)], "index_to_name.json"),
         ([str(source), out, *model, "--score-threshold", "2"], "score_threshold is 2.0; allowed: a number from 0 to 1"),
         ([str(source), out, *model, "--classes", "lion"], "unknown class 'lion' in classes; this model knows 0 cat"),
         ([str(source), out, *model, "--address", "127.0.0.1:1"], "no Ray cluster at 127.0.0.1:1 ("),

@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 import store_places
 from store_places import BUCKET, write_run, write_zip
-from tiny_archive import write_archive
+from tiny_archive import as_built, write_archive
 
 from handlers.errors import BadArchive, MarinaError
-from tools.archive.reader import PROVENANCE, open_archive
-from tools.archive.writer import write_archive as writing
 from tools.data.dataset import read_dataset
 from tools.data.drawn_set import DrawSettings, draw_dataset
 from tools.errors import ToolError
@@ -163,17 +161,6 @@ def versions(folder: Path, *numbers: int) -> list[Path]:
     """Archives of one name, each its own."""
     folder.mkdir(exist_ok=True)
     return [write_archive(folder / f"{number}.mar", "shapes", version=f"1.{number}") for number in numbers]
-
-
-def as_built(path: Path, **provenance: object) -> Path:
-    """The archive with the checksums that a build writes."""
-    digests: dict[str, dict[str, int | str]] = {}
-    built = path.with_name(f"built-{path.name}")
-    with open_archive(path) as archive, writing(built, digests) as writer:
-        for name in archive.names():
-            writer.add(name, archive.read(name))
-        writer.add(PROVENANCE, json.dumps(provenance | {"entries": dict(digests)}).encode())
-    return built
 
 
 def tree(folder: Path) -> dict[str, bytes]:

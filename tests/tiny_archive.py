@@ -4,6 +4,9 @@ import json
 import zipfile
 from pathlib import Path
 
+from tools.archive.reader import PROVENANCE, open_archive
+from tools.archive.writer import write_archive as archive_writer
+
 # Answers a JPEG with [], anything else as Marina's handler does; sleeps as long as the request's header says.
 HANDLER = """
 import json
@@ -98,3 +101,14 @@ def write_archive(
             archive.writestr("golden/a.jpg", golden)
             archive.writestr("golden/a.json", "[]")
     return path
+
+
+def as_built(path: Path, **provenance: object) -> Path:
+    """The archive with the checksums that a build writes."""
+    digests: dict[str, dict[str, int | str]] = {}
+    built = path.with_name(f"built-{path.name}")
+    with open_archive(path) as archive, archive_writer(built, digests) as writer:
+        for name in archive.names():
+            writer.add(name, archive.read(name))
+        writer.add(PROVENANCE, json.dumps(provenance | {"entries": dict(digests)}).encode())
+    return built

@@ -8,19 +8,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
 from tools.bulk.source import Source, is_picture
 from tools.errors import ToolError
-from tools.store.objects import Entry, Missing, Objects
+from tools.store.objects import PROBES, Entry, Missing, Objects
 from tools.strict import Strict, parse
 
 MANIFEST = "manifest.json"
 LISTING = "listing/"
 PARTS = "parts/"
-COCO, FAILED, SUMMARY = OUTPUTS = "coco.json", "failed.jsonl", "summary.json"
+COCO, FAILED, SUMMARY = "coco.json", "failed.jsonl", "summary.json"
 # A shard is what a kill loses and what a worker gets at a time: about a thousandth of all, between these.
 LEAST, MOST = 16, 1000
 
@@ -38,8 +37,9 @@ class Manifest(Strict):
         """This one, written, or the one of an earlier run. url: of the target. Raises ToolError where it differs."""
         there = read_manifest(target, url)
         if there is None:
-            if target.names(PARTS) or any(map(partial(_holds, target), OUTPUTS)):
-                raise ToolError(f"DST {url} holds something else than a run of detect-bulk; give an empty one")
+            others = (entry.name for entry in target.names("") if not entry.name.startswith((MANIFEST, PROBES)))
+            if other := next(others, None):
+                raise ToolError(f"DST {url} holds something else than a run of detect-bulk, {other}; give an empty one")
             target.create(MANIFEST, json.dumps(self.model_dump(), indent=1).encode())
             there = read_manifest(target, url)
         assert there is not None
@@ -151,11 +151,3 @@ def _lines(target: Objects, entry: Entry) -> Iterator[bytes]:
     for chunk in target.chunks(entry.name, 0, entry.size):
         *whole, rest = (rest + chunk).split(b"\n")
         yield from (line + b"\n" for line in whole)
-
-
-def _holds(target: Objects, name: str) -> bool:
-    try:
-        next(target.chunks(name, 0, 1), None)
-    except Missing:
-        return False
-    return True

@@ -18,6 +18,7 @@ from handlers.labels import load_labels
 from handlers.options import Options, default_options, parse_options
 from handlers.settings import Settings, parse_settings
 from tools.archive.reader import open_archive
+from tools.archive.verify import check_entries
 from tools.bulk.cluster import go_through, import_ray, session, share
 from tools.bulk.job import Done, Job
 from tools.bulk.outputs import write_outputs
@@ -65,10 +66,11 @@ class Model:
 
 
 def read_model(path: Path) -> Model:
-    """Raises BadArchive or BadSettings with one line for what is no archive that Marina built."""
+    """Raises BadArchive or BadSettings with one line for what is no archive that Marina built, or is damaged."""
     with open_archive(path) as archive, tempfile.TemporaryDirectory(prefix="marina-") as folder:
         if archive.settings is None:
             raise ToolError(f"{path}: Marina did not build it, so only TorchServe can run it")
+        check_entries(path)
         settings = parse_settings(archive.settings)
         labels = Path(folder) / "labels.json"
         labels.write_bytes(archive.read(settings.labels))
