@@ -251,6 +251,21 @@ def test_a_torchserve_asked_as_a_gateway_is_told(serve):
     assert "no picture; use the protocol rest" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("told", "kind", "of_picture"),
+    [
+        ({}, "Refused", True),
+        ({"type": "EmptyBody"}, "EmptyBody", True),
+        ({"type": "InvalidOption"}, "InvalidOption", False),
+    ],
+)
+def test_kserve_bears_the_name_that_a_gateway_gives(serve, told, kind, of_picture):
+    server = serve(lambda path, headers, body: (400, {}, {"error": "no"} | told))
+    with Client(server.url, "dogs", protocol="kserve") as client, pytest.raises(ServerRefused) as caught:
+        client.predict(b"x")
+    assert (caught.value.status, caught.value.kind, caught.value.of_picture) == (400, kind, of_picture)
+
+
 def test_a_refusal_says_what_the_server_says(serve):
     server = serve(lambda path, headers, body: refusal(400, "InvalidKeyException", "Token Authorization failed"))
     with Client(server.url, "dogs") as client, pytest.raises(ServerRefused) as caught:

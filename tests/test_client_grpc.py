@@ -153,6 +153,16 @@ def test_what_the_gateway_refuses_is_told_by_its_code(serve, protocol, code, det
     assert caught.value.of_picture == (status in (400, 500))
 
 
+def test_the_gateway_names_what_it_refuses_in_metadata(serve):
+    told = (("marina-status", "415"), ("marina-type", "UnsupportedMedia"))
+    with pytest.raises(ServerRefused, match=r"no picture \(415 UnsupportedMedia\)") as caught:
+        ask(serve(abort("INVALID_ARGUMENT", "no picture", *told)), "kserve")
+    assert caught.value.of_picture
+    with pytest.raises(ServerRefused, match=r"no such option \(400 InvalidOption\)") as caught:
+        ask(serve(abort("INVALID_ARGUMENT", "no such option", ("marina-type", "InvalidOption"))), "kserve")
+    assert not caught.value.of_picture
+
+
 @pytest.mark.parametrize(
     ("protocol", "code", "details"),
     [

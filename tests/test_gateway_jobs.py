@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tools.gateway.errors import GatewayError
 from tools.gateway.job_queue import JobQueue, Record
@@ -30,6 +31,14 @@ def test_names_sort_by_age() -> None:
     names = [new_name(seconds) for seconds in (9, 10, 255, 256, 2**31)]
     assert names == sorted(names) and {len(name) for name in names} == {32}
     assert new_name(9) != names[0]
+    moments = [1.8e9 + index / 1000 for index in range(1000)]
+    assert sorted(within := [new_name(moment) for moment in moments]) == within
+
+
+def test_a_wish_that_is_none_is_told_those_that_are() -> None:
+    known = "model, version, score_threshold, iou_threshold, classes, stride, track"
+    with pytest.raises(ValidationError, match=f"unknown query parameter 'vid_stride'; known: {known}"):
+        Wishes.model_validate({"stride": "2", "vid_stride": "2"})
 
 
 def test_classes_of_a_video_are_those_of_the_model() -> None:

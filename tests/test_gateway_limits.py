@@ -90,7 +90,8 @@ def test_clients_of_kserve_v2_are_refused_in_its_form(app: FastAPI) -> None:
         post(door(app), "/v2/models/x/infer", chunks(100, 100)),
         post(door(FastAPI()), "/v2/nothing", b""),
     ):
-        assert list(answer.json()) == ["error"] and isinstance(answer.json()["error"], str)
+        assert list(answer.json()) == ["error", "type"] and isinstance(answer.json()["error"], str)
+    assert post(door(app), "/v2/models/x/infer", b"x" * 1001).json()["type"] == "BodyTooLarge"
 
 
 def test_a_body_that_stops_is_cut_with_408(app: FastAPI) -> None:

@@ -254,7 +254,7 @@ BAD: list[tuple[Callable[[Client], Any], int, str, str]] = [
     (lambda c: c.ask("pictures", PICTURE), 400, "INVALID_ARGUMENT", "picture"),
     (lambda c: c.detect([]), 400, "INVALID_ARGUMENT", "has the shape"),
     (lambda c: c.detect([b'{"b64": "AAAA"}']), 415, "INVALID_ARGUMENT", "no JPEG, PNG"),
-    (lambda c: c.detect([b""]), 415, "INVALID_ARGUMENT", "no JPEG, PNG"),
+    (lambda c: c.detect([b""]), 400, "INVALID_ARGUMENT", r"no picture arrived: pictures\[0\] is empty"),
     (lambda c: c.detect([b"BM" + bytes(90)] * 2), 400, "INVALID_ARGUMENT", r"pictures\[0\]: "),
     (lambda c: c.detect([b"BM" + bytes(30_000_000)]), 413, "INVALID_ARGUMENT", "answers 413"),
     (lambda c: c.detect([b"BM"] * 65), 400, "INVALID_ARGUMENT", "64 at most"),

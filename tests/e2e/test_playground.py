@@ -265,15 +265,39 @@ def test_dead_server_is_told_and_comes_back(page: Page, gateway: GatewayProcess)
     try:
         page.click("[data-sample='sample-1.jpg']")
         expect(page.locator("#problem")).to_contain_text("The model server does not answer now")
-        expect(page.locator("#problem")).to_contain_text("asked again by itself. Try again in 2 s.")
+        expect(page.locator("#problem")).to_contain_text("asked again by itself. This page tries again in 2 s.")
     finally:
         gateway.relay.mend()
-    for _ in range(30):
-        page.click("#again")
-        expect(page.locator("#status")).not_to_have_text("Asking …")
-        if not page.is_visible("#again"):
-            break
-        page.wait_for_timeout(500)
+    expect(page.locator("#status")).to_have_text("shapes 1.0: 7 boxes.")
+    expect(page.locator("#problem")).to_be_hidden()
+
+
+def test_another_picture_ends_the_wait_for_a_busy_server(page: Page) -> None:
+    asked: list[Route] = []
+
+    def refuse(route: Route) -> None:
+        asked.append(route)
+        busy = {"code": 503, "type": "Busy", "message": "no more are taken"}
+        route.fulfill(status=503, json=busy, headers={"Retry-After": "1"})
+
+    page.route("**/detect", refuse)
+    page.click("[data-sample='sample-1.jpg']")
+    while len(asked) < 3:
+        page.wait_for_timeout(20)
+    page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"})
+    expect(page.locator("#problem")).to_contain_text("notes.txt is no picture")
+    seen = len(asked)
+    page.wait_for_timeout(1500)
+    assert len(asked) == seen
+    assert page.is_visible("#problem")
+
+
+def test_a_gateway_that_does_not_answer_is_asked_again_by_hand(page: Page) -> None:
+    page.route("**/detect", lambda route: route.abort())
+    page.click("[data-sample='sample-1.jpg']")
+    expect(page.locator("#problem")).to_contain_text("The gateway does not answer.")
+    page.unroute("**/detect")
+    page.click("#again")
     expect(page.locator("#status")).to_have_text("shapes 1.0: 7 boxes.")
 
 

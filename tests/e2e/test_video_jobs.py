@@ -170,6 +170,8 @@ def test_what_cannot_be_done_is_refused(
     answer = submit(gateway, body, **wishes)
     assert (answer.status_code, answer.json()["type"]) == (status, told)
     assert str(gateway.folder) not in answer.text
+    if "speed" in wishes:
+        assert "unknown query parameter 'speed'; known: model, version, score_threshold" in answer.json()["message"]
     assert files(gateway) == {"lock"}
 
 

@@ -131,8 +131,8 @@ class KServeGrpcTransport:
 
 
 def _error(response: "httpx.Response") -> ServerError:
-    """The reason in the protocol's form `{"error": "…"}`, its name beside it where the server is our gateway; in another
-    one it is a TorchServe, asked by mistake."""
+    """The reason in the protocol's form `{"error": "…"}`, beside which our gateway puts its name; in another one it is
+    a TorchServe, asked by mistake."""
     try:
         content = response.json()
         if content.keys() >= ERROR_FIELDS:

@@ -1,6 +1,7 @@
 """KServe v2 over gRPC: the service `inference.GRPCInferenceService`.
 
-The metadata behind a refusal tell it as REST does: `marina-status`, `marina-type`, and `retry-after` where there is one.
+The metadata behind a refusal tell it as REST does: `marina-status`, `marina-type`, and `retry-after` where there is
+one.
 """
 
 import math

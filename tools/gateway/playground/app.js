@@ -15,6 +15,7 @@ const state = {
   hidden: new Set(), // classes not wanted
   request: new AbortController(),
   retry: start,
+  waiting: 0, // for the moment that the server named
 };
 
 class Refused extends Error {
@@ -36,7 +37,9 @@ async function call(path, options = {}) {
   } catch {
     if (response.ok) throw new Refused(response.status, "its answer is no JSON");
   }
-  if (!response.ok) throw new Refused(response.status, content.message ?? text.slice(0, 200), response.headers.get("Retry-After"));
+  // A date, which proxies may send, is no number.
+  const wait = Number(response.headers.get("Retry-After")) || 0;
+  if (!response.ok) throw new Refused(response.status, content.message ?? text.slice(0, 200), wait);
   return content;
 }
 
@@ -44,7 +47,7 @@ function explain(error) {
   if (!(error instanceof Refused)) {
     return "The gateway does not answer. Check that it runs and that you are connected, then try again.";
   }
-  const later = error.wait ? ` Try again in ${error.wait} s.` : "";
+  const later = error.wait ? ` This page tries again in ${error.wait} s.` : "";
   if (error.status === 401 || error.status === 403) {
     return sessionStorage.getItem(KEY)
       ? `The gateway refused this API key: ${error.message}`
@@ -60,7 +63,13 @@ function tell(text) {
   at("status").textContent = text;
 }
 
+function settle() {
+  clearTimeout(state.waiting);
+  at("problem").hidden = true;
+}
+
 function complain(text, retry) {
+  settle();
   state.retry = retry;
   at("problem-text").textContent = text;
   at("again").hidden = !retry;
@@ -72,11 +81,12 @@ function fail(error, retry) {
   if (error.name === "AbortError") return;
   const final = error instanceof Refused && error.status < 500 && error.status !== 429;
   complain(explain(error), final ? null : retry);
+  if (error.wait && !final) state.waiting = setTimeout(retry, 1000 * error.wait);
   if (error.status === 401 || error.status === 403) at("key").focus();
 }
 
 async function loadModels() {
-  at("problem").hidden = true;
+  settle();
   try {
     state.models = (await call("../models")).models;
   } catch (error) {
@@ -129,16 +139,17 @@ function clear() {
   state.request.abort();
   state.answers = [];
   state.hidden.clear();
-  at("problem").hidden = true;
+  settle();
   at("views").replaceChildren();
   at("copies").hidden = at("classes").hidden = true;
 }
 
 async function ask() {
   state.request.abort();
-  at("problem").hidden = true;
+  settle();
   // A model that was down has told nothing of itself.
   if (!(state.models.length && state.models.every(({ healthy }) => healthy)) && !(await loadModels())) return;
+  if (!state.picture) return; // another one is just being chosen
   const request = (state.request = new AbortController());
   const wanted = [at("model").value, at("other").value].filter((value) => value !== "").map((value) => state.models[value]);
   tell("Asking …");
