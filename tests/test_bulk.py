@@ -325,7 +325,7 @@ def test_a_target_that_was_begun_otherwise_is_refused(model: Model, tmp_path: Pa
     one, two = (write(tmp_path / name, {"a.jpg": body}) for name in ("one", "two"))
     planned(one, tmp_path / "out", model, classes="cat,person")
     planned(one, tmp_path / "out", model, classes="3,0")
-    with pytest.raises(ToolError, match="begun with another options"):
+    with pytest.raises(ToolError, match=r"begun with another classes \(\[0, 3\], now \[0\]\)"):
         planned(one, tmp_path / "out", model, classes="cat")
     with pytest.raises(ToolError, match="begun with another source"):
         planned(two, tmp_path / "out", model, classes="cat,person")

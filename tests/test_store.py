@@ -289,7 +289,7 @@ def test_tags_move_and_go_back_along_a_line(store: Store, tmp_path: Path) -> Non
         tag(store, manifest, "staging", "try\nit")
     assert tags.roll_back("staging", "bad").id == two.id
     assert tags.roll_back("staging", "worse").id == one.id
-    with pytest.raises(ToolError, match="cannot go back: it has pointed at"):
+    with pytest.raises(ToolError, match="cannot go back: nothing stands before"):
         tags.roll_back("staging", "")
     tag(store, three, "staging", None)
     moves = tags.history("staging")

@@ -43,8 +43,9 @@ class Manifest(Strict):
             target.create(MANIFEST, json.dumps(self.model_dump(), indent=1).encode())
             there = read_manifest(target, url)
         assert there is not None
-        for name in ("source", "archive", "options"):
-            was, now = getattr(there, name), getattr(self, name)
+        old, new = (each.model_dump() | each.options for each in (there, self))
+        for name in ("source", "archive", *self.options):
+            was, now = old.get(name), new[name]
             if was != now:
                 raise ToolError(f"DST {url} was begun with another {name} ({was}, now {now}); give another DST")
         return there

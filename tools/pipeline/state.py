@@ -40,7 +40,10 @@ def alone(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ToolError(f"another pipeline runs in {folder}; wait for it, or name another with --folder") from None
+            raise ToolError(
+                f"another pipeline runs in {folder}, or a step of one that was killed (`fuser {folder / LOCK}` tells"
+                " which process); wait for it, or name another with --folder"
+            ) from None
         yield lock.fileno()
 
 

@@ -92,7 +92,7 @@ class Tags:
         moves = self.history(tag)
         line = standing(moves)
         if len(line) < 2:
-            there = f"it has pointed at {line[-1]} alone" if line else "it was never set"
+            there = f"nothing stands before {line[-1]}" if line else "it was never set"
             raise ToolError(f"tag {tag} of {self.name} cannot go back: {there}")
         made = self._create(tag, moves[-1], line[-2], ROLLBACK, why)
         if made is None:

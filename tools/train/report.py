@@ -24,6 +24,7 @@ from tools.archive.recipe import load_recipe
 from tools.checkpoint.safetensors_format import replacing
 from tools.data.dataset import Dataset, Picture
 from tools.data.show import label_statistics
+from tools.errors import ToolError
 from tools.evaluate.evaluation import Evaluation, evaluate
 from tools.evaluate.metrics import operating_points, truth_of
 from tools.evaluate.report import PICTURES, write_report
@@ -87,6 +88,9 @@ def write_results(
     device = torch.device("cpu")
     pipeline = Pipeline(settings_of(recipe), labels, TorchNetwork(detector, device, torch.float32), device)
     evaluation = evaluate(PipelineSource(pipeline, f"{recipe.name} {recipe.version}"), dataset, "valid")
+    if all(answer.refusal for answer in evaluation.answers):
+        why = evaluation.answers[0].refusal
+        raise ToolError(f"{run}: as it would be served, the network answers no picture of validation ({why})")
     write_report(evaluation, run / EVALUATION)
     golden = _golden(evaluation)
     if not golden:
