@@ -77,7 +77,7 @@ def test_a_file_and_changes_to_it(tmp_path: Path) -> None:
         ({"model_name": "-x"}, "model_name:"),
         ({"model_version": "1;2"}, "model_version:"),
         ({"split": "0.8 0.1 --replace"}, "split:"),
-        ({"gpu_timeout": "forever"}, "gpu_timeout:"),
+        ({"gpu_timeout": "forever"}, "gpu_timeout: 'forever' does not fit; it is: how long to wait"),
         ({"license": "two\nlines"}, "license: must be one line"),
         ({"require": ""}, "require:"),
         ({"require": "map50"}, "require: map50: give FIGURE=NUMBER; figures are map50, "),

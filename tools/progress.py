@@ -13,15 +13,16 @@ class Progress:
     """Bytes or things done of those in all; redrawn ten times a second, or without a terminal a line in ten seconds.
 
     unit: what is counted; bytes, the default, are shown in MB. Things are shown with their rate and the time left.
+    began: when the work did, seconds since 1970, where that was not now.
     """
 
-    def __init__(self, what: str, total: int | None, unit: str = "bytes"):
+    def __init__(self, what: str, total: int | None, unit: str = "bytes", began: float | None = None):
         self.what = what
         self.total = total
         self.unit = unit
         self.done = 0
-        self._started = time.monotonic()
-        self._drawn = self._started
+        self._drawn = time.monotonic()
+        self._started = self._drawn - (time.time() - began if began else 0)
         self._visible = sys.stderr.isatty()
 
     def advance(self, count: int = 1) -> None:

@@ -56,10 +56,17 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
         text = f"{where}: unknown key; {hint}"
     elif first["type"] == "missing":
         text = f"{where}: missing"
+    elif first["type"] == "string_pattern_mismatch" and (description := _description(kind, first["loc"])):
+        text = f"{where}: {_shown(first['input'])} does not fit; it is: {description}"
     else:
         message = f"{first['msg'].removeprefix('Value error, ')} (it is {_shown(first['input'])})"
         text = f"{where}: {message}" if where else message
     return text + (f"; and {len(problems) - 1} more" if len(problems) > 1 else "")
+
+
+def _description(kind: type[BaseModel], place: tuple[int | str, ...]) -> str | None:
+    """Of a key that lies in no section: for people, where a pattern is none."""
+    return kind.model_fields[str(place[0])].description if len(place) == 1 else None
 
 
 def _shown(value: Any) -> str:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -137,14 +137,16 @@ def _work(
 ) -> None:
     total = sum(shard.pictures for shard in missing)
     cores = max(len(os.sched_getaffinity(0)), settings.workers or 1)
-    with Progress("detect", total, "pictures") as progress:
-        progress.show()
-        with session(ray, settings.address, cores, len(model.content)):
-            crew = share(ray.cluster_resources(), settings.workers, model.settings.device)
-            speed.workers = min(crew.workers, len(missing))
-            for done in go_through(ray, missing, job, model.content, crew):
-                speed.add(done)
-                progress.advance(done.pictures)
+    print(f"detect: {total:,} pictures; Ray starts", file=sys.stderr)
+    with session(ray, settings.address, cores, len(model.content)), ExitStack() as stack:
+        crew = share(ray.cluster_resources(), settings.workers, model.settings.device)
+        speed.workers = min(crew.workers, len(missing))
+        progress = None
+        for done in go_through(ray, missing, job, model.content, crew):
+            # Of the time that Ray takes to start, nothing follows for the rest.
+            progress = progress or stack.enter_context(Progress("detect", total, "pictures", done.began))
+            speed.add(done)
+            progress.advance(done.pictures)
 
 
 def _missing(target: Objects, shards: Sequence[Shard]) -> list[Shard]:

@@ -70,11 +70,17 @@ class Parameters(Strict):
     device: Literal["auto", "gpu", "cpu"] = Field(
         "auto", description="what trains; auto: a GPU if one comes in time, else the CPU, which the log says"
     )
-    gpu_timeout: str = Field("12m", pattern=r"^[1-9][0-9]*[smh]$", description="how long to wait for a GPU")
+    gpu_timeout: str = Field(
+        "12m", pattern=r"^[1-9][0-9]*[smh]$", description="how long to wait for a GPU: 90s, 12m or 1h"
+    )
 
-    model_name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="of the archive that is served")
+    model_name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="of the archive that is served: a-z, 0-9, ., _ and -"
+    )
     model_version: str | None = Field(
-        None, pattern=r"^[0-9]+(\.[0-9]+)*$", description="of the archive; without it, the time of this run"
+        None,
+        pattern=r"^[0-9]+(\.[0-9]+)*$",
+        description="of the archive: digits and dots; without it, the time of this run",
     )
     license: str = Field("unknown", min_length=1, description="of the trained weights")
     definition: Definition = Field("yolov5", description="which network")
