@@ -1,8 +1,6 @@
-"""The entry module of an archive: TorchServe on one side, our pipeline on the other."""
+"""The entry module of an archive: TorchServe on one side, our worker on the other."""
 
 import json
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,10 @@ with lean_vision_handler():
     from ts.torch_handler.vision_handler import VisionHandler
 
 from handlers.errors import InvalidOption  # noqa: E402  # see above
-from handlers.metrics import COUNTERS, Figures, Increase  # noqa: E402  # see above
-from handlers.pipeline import Answer, Job, load_checked  # noqa: E402  # see above
+from handlers.metrics import COUNTERS, Increase  # noqa: E402  # see above
+from handlers.pipeline import Answer, Job  # noqa: E402  # see above
 from handlers.response import JSON  # noqa: E402  # see above
-
-logger = logging.getLogger(__name__)
+from handlers.worker import Worker  # noqa: E402  # see above
 
 
 class DetectionHandler(VisionHandler):
@@ -30,10 +27,8 @@ class DetectionHandler(VisionHandler):
         properties = context.system_properties
         self.context = context
         self.manifest = context.manifest
-        self.pipeline = load_checked(
-            Path(properties["model_dir"]), context.model_yaml_config or {}, properties.get("gpu_id")
-        )
-        self.figures = Figures(context.model_name, self.pipeline.settings.version, self.pipeline.labels)
+        folder, config = Path(properties["model_dir"]), context.model_yaml_config or {}
+        self.worker = Worker(folder, config, context.model_name, properties.get("gpu_id"))
         self._report_to(context.metrics)
         self.initialized = True
 
@@ -55,26 +50,16 @@ class DetectionHandler(VisionHandler):
                 counters[increase.counter].add_or_update(increase.amount, list(increase.of))
 
         if counters:
-            self.figures.report(write)
+            self.worker.figures.report(write)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """The inherited one lets the headers `explain` and `describe` of a batch's first item decide for all."""
-        jobs = self.inference(self.preprocess(data, context))
-        answers = self.postprocess(jobs)
+        answers = self.postprocess(self.inference(self.preprocess(data, context)))
         for index, answer in enumerate(answers):
             context.set_response_content_type(index, answer.content_type)
             if answer.status != 200:
                 context.set_response_status(answer.status, answer.phrase, index)
-        self._count(jobs, answers)
         return [answer.body for answer in answers]
-
-    def _count(self, jobs: Sequence[Job | Answer], answers: list[Answer]) -> None:
-        pairs = zip(jobs, answers, strict=True)
-        try:
-            self.figures.add([(job, answer) for job, answer in pairs if isinstance(job, Job)])
-        except Exception:
-            # No figure is worth an answer.
-            logger.exception("a batch is missing from the metrics")
 
     def preprocess(self, data: list[dict[str, Any]], context: Any) -> list[Job | Answer]:
         return [
@@ -84,14 +69,15 @@ class DetectionHandler(VisionHandler):
 
     def _read(self, row: dict[str, Any], headers: dict[str, Any], request_id: str) -> Job | Answer:
         if headers.get("describe") == "True":
-            return Answer(json.dumps(self.pipeline.describe()).encode(), JSON)
+            return Answer(json.dumps(self.worker.pipeline.describe()).encode(), JSON)
         if headers.get("explain") == "True":
             return Job(error=InvalidOption("explanations are not available for detectors; use /predictions"))
-        return self.pipeline.read(row, headers, request_id)
+        return self.worker.read(row, headers, request_id)
 
     def inference(self, data: list[Job | Answer]) -> list[Job | Answer]:
-        self.pipeline.infer([job for job in data if isinstance(job, Job)])
+        self.worker.infer([job for job in data if isinstance(job, Job)])
         return data
 
     def postprocess(self, data: list[Job | Answer]) -> list[Answer]:
-        return [self.pipeline.respond(job) if isinstance(job, Job) else job for job in data]
+        answers = iter(self.worker.respond([job for job in data if isinstance(job, Job)]))
+        return [next(answers) if isinstance(job, Job) else job for job in data]

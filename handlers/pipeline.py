@@ -231,7 +231,7 @@ class Pipeline:
         item.plan = plan_letterbox(item.height, item.width, self.settings.preprocess, self.network.stride)
         item.tensor = letterbox(image, item.plan)
 
-    def infer(self, jobs: list[Job]) -> None:
+    def infer(self, jobs: Sequence[Job]) -> None:
         """Fill in the detections of every picture that has none and no error."""
         self._infer_items([item for job in jobs for item in job.items if item.error is None])
 

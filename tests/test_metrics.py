@@ -334,6 +334,6 @@ def test_a_server_without_our_declarations_hears_nothing(ask, printed: Printed, 
 
 def test_no_figure_is_worth_an_answer(ask, caplog: pytest.LogCaptureFixture) -> None:
     handler, ask = ask(STOCK)
-    handler.figures = None
+    handler.worker.figures = None
     assert len(json.loads(ask((PICTURE, {}))[0])) == 300
     assert "a batch is missing from the metrics" in caplog.text
