@@ -290,6 +290,11 @@ def test_official_weights_build_and_are_not_run(shared: Path, repository: Path, 
     assert inspect_archive(built.path)["license"] == "AGPL-3.0"
 
 
+def test_an_archive_is_called_one(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["archive", "build", str(repository / "archives/shapes"), "--output", str(tmp_path)]) == 1
+    assert f"--output {tmp_path}: TorchServe takes no file with another ending" in capsys.readouterr().err
+
+
 def test_a_place_that_cannot_be_written_is_one_line(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -207,9 +207,9 @@ def test_a_gate_needs_a_known_figure_and_a_share() -> None:
 
 
 def test_what_cannot_be_said_fails_a_gate() -> None:
-    gates = parse_gates(["precision=0", "f1=0.5"], [])
+    gates = parse_gates(["precision=0.1", "f1=0.5"], [])
     assert len(failures(gates, {"precision": math.nan, "f1": 0.5})) == 1
-    assert failures(gates, {"precision": 0.0, "f1": 0.49999}) == ["f1 is 0.49999, but 0.5 is required"]
+    assert failures(gates, {"precision": 0.1, "f1": 0.49999}) == ["f1 is 0.49999, but 0.5 is required"]
 
 
 def test_a_set_without_test_pictures_is_judged_by_valid(

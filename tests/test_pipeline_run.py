@@ -81,7 +81,10 @@ def test_a_file_and_changes_to_it(tmp_path: Path) -> None:
         ({"license": "two\nlines"}, "license: must be one line"),
         ({"require": ""}, "require:"),
         ({"require": "map50"}, "require: map50: give FIGURE=NUMBER; figures are map50, "),
-        ({"require": "ap50:cell=0.5,map50=7"}, "require: map50=7: '7' is no number from 0 to 1"),
+        ({"require": "ap50:cell=0.5,map50=7"}, "require: map50=7: '7' is no number above 0 and up to 1"),
+        ({"require": "map50=0"}, "require: map50=0: '0' is no number above 0"),
+        ({"size": 100}, "size is 100; YOLOv5s takes multiples of 32"),
+        ({"definition": "ssd300_vgg16", "size": 320}, "size is 320, but ssd300_vgg16 is made for 300"),
         ({"tools_image": "marina/tools:latest"}, "tools_image:"),
         ({"s3_endpoint": "https://key:secret@s3.example.com"}, "s3_endpoint: a URL with a password"),
         ({"deploy": "perhaps"}, "deploy:"),
@@ -138,7 +141,7 @@ def run_script(name: str, folder: Path, **environment: str) -> subprocess.Comple
         ("gpu", True, 0, "gpu", ""),
         ("auto", False, 0, "cpu", "THE CPU TRAINS, all 40 epochs"),
         ("cpu", True, 0, "cpu", ""),
-        ("gpu", False, 1, None, "device is gpu: give more time"),
+        ("gpu", False, 1, None, "device is gpu: give more gpu_timeout than 1s"),
     ],
 )
 def test_what_trains_is_waited_for_and_said(
@@ -297,7 +300,7 @@ def test_the_gate(tmp_path: Path) -> None:
     assert check_gate(tmp_path / "run", evaluation, "map50=0.7,f2=0.5").line()
     for require, says in (
         ("map50=0.5,f2=0.71", r"f2 0.7 \(required: 0.71\)"),
-        ("ap50:no mask=0", "unknown"),  # a figure that cannot be said
+        ("ap50:no mask=0.1", "unknown"),  # a figure that cannot be said
         ("map=0.5", "--require map=0.5"),
         ("map50=high", "no number"),
     ):

@@ -368,7 +368,7 @@ def test_only_what_has_passed_its_gate_is_promoted(store: Store, archive: Path, 
     [
         ("shapes 2.0", ["map50=0.8"], "is about 'shapes 2.0', not about 'shapes 1.0'"),
         ("shapes 1.0", ["map51=0.8"], "map51"),
-        ("shapes 1.0", ["map50=2"], "no number from 0 to 1"),
+        ("shapes 1.0", ["map50=2"], "no number above 0 and up to 1"),
     ],
 )
 def test_evidence_that_is_none_is_refused(

@@ -219,6 +219,9 @@ def test_from_a_data_set_to_production_and_back_under_load(
     lines: list[str] = []
     deploy(store, first, server.address, server.store_dir, lines.append)
     assert lines == ["shapes 1.0 is served already"] and len(list(server.store_dir.glob("*.mar"))) == 1
+    with pytest.raises(ToolError, match=r"shapes is being served from shapes\.mar, which does not lie in"):
+        deploy(store, first, server.address, tmp_path, lines.append)
+    assert not list(tmp_path.glob("*.mar"))
 
     path, folder = tmp_path / "shapes.yaml", tmp_path / "pipelines" / "shapes"
     more = write_parameters(path, store, server)
@@ -268,6 +271,9 @@ def test_from_a_data_set_to_production_and_back_under_load(
         load.wait_for("1.0")
         deploy(store, first, server.address, server.store_dir, lines.append)
         assert lines[-1] == "shapes 1.0 is served already"
+        with pytest.raises(ToolError, match=r"shapes 1\.0 is served already, from another folder than"):
+            deploy(store, first, server.address, folder, lines.append)
+        assert not [*folder.glob("shapes-*.mar")]
     assert load.answers.keys() == {"1.0", "2.0"}, load.answers
     server.command.await_line(r"^worker \d+ of shapes_2\.0 died; .*, unless that version was removed$")
 

@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from tools.errors import ToolError
+
 DEFAULT_STORE = Path("model-store")
 
 
@@ -51,6 +53,8 @@ def _build(args: argparse.Namespace) -> int:
         recipe = load_recipe(args.recipe)
         warn_untested(recipe.runtime)
         output = args.output or DEFAULT_STORE / f"{recipe.name}.mar"
+        if output.suffix != ".mar":
+            raise ToolError(f"--output {output}: TorchServe takes no file with another ending than .mar; give FILE.mar")
         built = build_archive(recipe, output, args.weights, process, args.calibration)
     for note in built.notes:
         print(f"note: {note}")

@@ -16,7 +16,8 @@ class Gate(NamedTuple):
 
 
 def parse_gates(texts: Sequence[str], classes: Sequence[str]) -> list[Gate]:
-    """From `map50=0.8` or `f2:CLASS=0.75`. Raises ToolError for an unknown figure or class, or no number of 0 to 1."""
+    """From `map50=0.8` or `f2:CLASS=0.75`. Raises ToolError for an unknown figure or class, or no number above 0
+    and up to 1."""
     known = {*OVERALL, *(f"{column}:{name}" for column in PER_CLASS for name in classes)}
     gates = []
     for text in texts:
@@ -30,8 +31,9 @@ def parse_gates(texts: Sequence[str], classes: Sequence[str]) -> list[Gate]:
             least = float(number)
         except ValueError:
             least = math.nan
-        if not 0 <= least <= 1:
-            raise ToolError(f"--require {text}: {number!r} is no number from 0 to 1")
+        # At 0 everything passes, a network that finds nothing too.
+        if not 0 < least <= 1:
+            raise ToolError(f"--require {text}: {number!r} is no number above 0 and up to 1")
         gates.append(Gate(name, least))
     return gates
 

@@ -30,7 +30,7 @@ from pydantic import Field, field_validator, model_validator
 from tools.errors import ToolError
 from tools.evaluate.gates import parse_gates
 from tools.strict import Strict, parse, read_yaml
-from tools.train.config import Definition
+from tools.train.config import Definition, TrainSettings
 
 PREFIX = "MARINA_"
 # Only a server whose model store is a folder of this machine can be told directly; those of a cluster follow the tag.
@@ -126,6 +126,13 @@ class Parameters(Strict):
         except ToolError as error:
             raise ValueError(str(error).removeprefix("--require ").partition("; classes are")[0]) from error
         return value
+
+    @model_validator(mode="after")
+    def _can_train(self) -> "Parameters":
+        """Told before anything is fetched."""
+        given = {name: getattr(self, name) for name in ("definition", "model_size", "epochs", "batch", "seed")}
+        parse(TrainSettings, {"data": Path("data")} | given | ({"size": self.size} if self.size else {}))
+        return self
 
     @model_validator(mode="after")
     def _whole_server(self) -> "Parameters":

@@ -85,24 +85,29 @@ def alone(store_dir: Path) -> Iterator[None]:
         yield
 
 
-def roll_out(address: Address, archive: Path, report: Report) -> None:
+def roll_out(address: Address, archive: Path, report: Report) -> bool:
     """Have the server serve `archive`, which lies in its model store, as the default version of its model.
 
-    report: called with a line for each step. Raises ToolError or BadArchive; the server then serves what it did.
+    False when it does so already. report: called with a line for each step. Raises ToolError or BadArchive; the server
+    then serves what it did.
     """
     with open_archive(archive) as opened:
         name, workers = opened.name, opened.config.get("minWorkers", 1)
     (served,) = (each for each in find_archives(archive.parent, [name]) if each.path == archive.absolute())
     with _Model(address, served, workers) as model:
         old = model.default()
+        if old is not None and not (archive.parent / Path(old["modelUrl"]).name).is_file():
+            raise ToolError(
+                f"{served.name} is being served from {old['modelUrl']}, which does not lie in {archive.parent}; give"
+                " the server's own model store with --store-dir"
+            )
         if old is not None and old["modelVersion"] == served.version:
             if Path(old["modelUrl"]).name != archive.name:
                 raise ToolError(
                     f"{served} is being served from {old['modelUrl']}, with other content; give the new archive another"
                     " version in its recipe"
                 )
-            report(f"{served} is served already")
-            return
+            return False
         try:
             model.register(archive.name)
             report(f"{served}: registered, its workers are up")
@@ -116,6 +121,7 @@ def roll_out(address: Address, archive: Path, report: Report) -> None:
             raise
         if old is not None:
             _remove(model, old, archive.parent, report)
+        return True
 
 
 def _remove(model: "_Model", old: dict[str, Any], store_dir: Path, report: Report) -> None:

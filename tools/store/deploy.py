@@ -25,7 +25,13 @@ def deploy(store: Store, manifest: Manifest, address: Address, store_dir: Path, 
         was_there = path.exists()
         try:
             check(store, manifest, path)
-            roll_out(address, path, report)
+            if not roll_out(address, path, report):
+                if not was_there:
+                    raise ToolError(
+                        f"{manifest.name} {manifest.version} is served already, from another folder than {store_dir};"
+                        " give the server's own model store with --store-dir"
+                    )
+                report(f"{manifest.name} {manifest.version} is served already")
         except BaseException:
             if not was_there:
                 path.unlink(missing_ok=True)

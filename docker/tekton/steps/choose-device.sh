@@ -4,12 +4,12 @@ set -eu
 if [ -e gpu ]; then
   device=gpu
 elif [ "$MARINA_DEVICE" = gpu ]; then
-  echo "no usable GPU within $MARINA_GPU_TIMEOUT, and device is gpu: give more time, or allow the CPU with device=auto" >&2
+  echo "no usable GPU was found, and device is gpu: give more gpu_timeout than $MARINA_GPU_TIMEOUT where one may come, or allow the CPU with device=auto" >&2
   exit 1
 else
   device=cpu
   if [ "$MARINA_DEVICE" = auto ]; then
-    echo "WARNING: NO USABLE GPU within $MARINA_GPU_TIMEOUT: THE CPU TRAINS, all $MARINA_EPOCHS epochs; it takes long" >&2
+    echo "WARNING: NO USABLE GPU: THE CPU TRAINS, all $MARINA_EPOCHS epochs; it takes long" >&2
   fi
 fi
 printf '%s' "$device" > device

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The parameters and the store checked; data set and weights from the store. With demo_pictures, drawn ones are pushed first.
 set -eu
-marina pipeline check
+marina pipeline check > /dev/null
 if [ -n "$MARINA_S3_ENDPOINT" ]; then export AWS_ENDPOINT_URL="$MARINA_S3_ENDPOINT"; fi
 marina store check
 
