@@ -1,11 +1,9 @@
 """`marina bench protocols` on a real TorchServe and a real gateway."""
 
-import io
 import json
 from pathlib import Path
 
 import pytest
-from numpy.random import default_rng
 
 from handlers.settings import parse_settings
 from tools.archive.reader import open_archive
@@ -13,23 +11,15 @@ from tools.bench.protocols.compare import Picture, described_model, measure, tor
 from tools.bench.protocols.gateway import gateway_before
 from tools.bench.protocols.ways import all_ways
 from tools.cli import main
-from tools.data.draw import draw_scene
 from tools.errors import ToolError
 from tools.serve.server import TorchServe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")]
-SIZES = (200, 150), (320, 320), (90, 260)
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
-    """JPEGs of drawn shapes, of different sizes."""
-    found = []
-    for seed, (width, height) in enumerate(SIZES):
-        buffer = io.BytesIO()
-        draw_scene(default_rng(seed), width, height)[0].save(buffer, "JPEG")
-        found.append(Picture(f"{seed}.jpg", buffer.getvalue()))
-    return found
+def pictures(pictures: list[bytes]) -> list[Picture]:
+    return [Picture(f"{index}.jpg", body) for index, body in enumerate(pictures)]
 
 
 def test_every_way_is_measured_and_finds_the_same(
