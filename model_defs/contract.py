@@ -30,6 +30,14 @@ def check_thickness(height: int, width: int, least: int, most: int) -> None:
         )
 
 
+class HeadLayout(NamedTuple):
+    """How the first dimension of an entry of the head is made up: groups x (others + labels) x rows, in this order."""
+
+    groups: int
+    others: int
+    rows: int
+
+
 class Detector(nn.Module):
     """A network that finds candidates; threshold, suppression and limits are the handler's work.
 
@@ -64,6 +72,10 @@ class Detector(nn.Module):
 
     def classes_in(self, state: dict[str, Tensor]) -> int | None:
         """How many labels the weights in `state` are for; None when they do not look like this model's."""
+        raise NotImplementedError
+
+    def head_layout(self, key: str, length: int) -> HeadLayout:
+        """Of the entry `key` of this network's state dict, whose first dimension, `length`, grows with the labels."""
         raise NotImplementedError
 
     def prepare_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from torchvision.models import detection
 from torchvision.ops import FeaturePyramidNetwork
 
-from model_defs.contract import Detections, Detector, check_thickness
+from model_defs.contract import Detections, Detector, HeadLayout, check_thickness
 
 
 class Family(NamedTuple):
@@ -122,6 +122,12 @@ class TorchvisionDetector(Detector):
     def classes_in(self, state: dict[str, Tensor]) -> int | None:
         weights = state.get(self._family.class_key)
         return None if weights is None else weights.numel() // self._family.class_factor
+
+    def head_layout(self, key: str, length: int) -> HeadLayout:
+        # Faster R-CNN has a box for every class; the others score every class of every anchor.
+        if ".bbox_pred." in key:
+            return HeadLayout(1, 0, 4)
+        return HeadLayout(length // self.num_classes, 0, 1)
 
     def optimise(self) -> None:
         pyramid = getattr(self.model.backbone, "fpn", None)

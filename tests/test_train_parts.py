@@ -137,6 +137,7 @@ def test_random_weights_follow_from_the_seed() -> None:
 
 
 def test_weights_of_other_classes_keep_all_but_the_head(tmp_path: Path) -> None:
+    """Of other names; the weights of nobody's names go as they are."""
     source, _ = make_model(settings_of(seed=5), ("a", "b"))
     save_weights(source, tmp_path / "w.safetensors", ["a", "b"])
     model, (note,) = make_model(settings_of(weights=str(tmp_path / "w.safetensors")), CLASSES)
@@ -148,6 +149,47 @@ def test_weights_of_other_classes_keep_all_but_the_head(tmp_path: Path) -> None:
     same, (note,) = make_model(settings_of(weights=str(tmp_path / "w.safetensors")), ("a", "b"))
     assert "anew" not in note
     assert torch.equal(same.head.m[0].bias, kept["model.24.m.0.bias"].float())
+
+
+@pytest.mark.parametrize("classes", [("b", "new", "a"), ("b", "a"), ("b",)])
+def test_classes_that_stay_are_scored_as_before(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    source, _ = make_model(settings_of(seed=5), ("a", "b"))
+    # As they are stored.
+    source = source.half().float().eval()
+    save_weights(source, tmp_path / "w.safetensors", ["a", "b"])
+    model, (note,) = make_model(settings_of(weights=str(tmp_path / "w.safetensors")), classes)
+    model.eval()
+    assert note.endswith(
+        f"know {len({*classes} & {'a', 'b'})} of the {len(classes)} labels, whose part of the head goes along by name"
+    )
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        for before, after in zip(source.raw(picture), model.raw(picture), strict=True):
+            assert torch.equal(after[..., :5], before[..., :5])
+            for name in {*classes} - {"new"}:
+                torch.testing.assert_close(after[..., 5 + classes.index(name)], before[..., 5 + "ab".index(name)])
+
+
+@pytest.mark.parametrize(
+    ("definition", "key", "rows"),
+    [
+        # The background is row 0. Of each label: one row; four of a box; one of each of 6 anchors of a cell.
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", "roi_heads.box_predictor.cls_score.weight", {3: 1, 1: 2}),
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", "roi_heads.box_predictor.bbox_pred.bias", {14: 6, 4: 8}),
+        ("ssdlite320_mobilenet_v3_large", "head.classification_head.module_list.0.1.weight", {3: 1, 21: 17}),
+    ],
+)
+def test_the_rows_of_torchvisions_classes_go_along(
+    tmp_path: Path, definition: str, key: str, rows: dict[int, int]
+) -> None:
+    """From labels background, a, b to background, b, new, a."""
+    settings = {"definition": definition, "size": 320}
+    source, _ = make_model(settings_of(**settings, seed=5), ("a", "b"))
+    save_weights(source, tmp_path / "w.safetensors", ["__background__", "a", "b"])
+    model, _ = make_model(settings_of(**settings, weights=str(tmp_path / "w.safetensors")), ("b", "new", "a"))
+    before, after = read_safetensors(tmp_path / "w.safetensors")[key], model.state_dict()[key]
+    for new, old in rows.items():
+        assert torch.equal(after[new], before[old].float())
 
 
 def test_weights_that_cannot_be_trained_on_are_refused(tmp_path: Path) -> None:

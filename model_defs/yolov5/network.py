@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from model_defs.candidates import from_rows
-from model_defs.contract import Detections, Detector
+from model_defs.contract import Detections, Detector, HeadLayout
 from model_defs.yolov5.head import Detect
 from model_defs.yolov5.layers import C3, SPPF, Conv
 
@@ -163,6 +163,10 @@ class YOLOv5(Detector):
         if anchors is None or bias is None or anchors.shape != self.head.anchors.shape:
             return None
         return bias.numel() // self.head.anchors_per_level - 5
+
+    def head_layout(self, key: str, length: int) -> HeadLayout:
+        # An anchor's box and objectness come first.
+        return HeadLayout(self.head.anchors_per_level, 5, 1)
 
     def prepare_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if state and not any(".bn." in key for key in state):

@@ -16,6 +16,7 @@ from model_defs.yolov5 import YOLOv5
 from tools.checkpoint import LazyTensor, open_checkpoint
 from tools.errors import ToolError
 from tools.train.config import TrainSettings
+from tools.train.head import carry_over, shared_classes
 from tools.train.loss import Gains, yolov5_loss
 from tools.train.pictures import Batch
 
@@ -39,7 +40,7 @@ def make_model(settings: TrainSettings, classes: tuple[str, ...]) -> tuple[Detec
     detector = _build(settings, len(label_names(settings, classes)))
     if isinstance(detector, TorchvisionDetector):
         _for_short_training(detector, settings)
-    note = "weights: random" if settings.weights is None else _load_weights(detector, settings)
+    note = "weights: random" if settings.weights is None else _load_weights(detector, settings, classes)
     freeze(detector, settings.freeze, norms=settings.freeze_norms)
     return detector.to(memory_format=torch.channels_last), [note]  # type: ignore[call-overload]  # stubs lack it
 
@@ -66,8 +67,8 @@ def _build(settings: TrainSettings, num_labels: int) -> Detector:
         raise ToolError(str(error)) from error
 
 
-def _load_weights(detector: Detector, settings: TrainSettings) -> str:
-    """Everything from the file; where it is for another number of classes, all but what depends on them."""
+def _load_weights(detector: Detector, settings: TrainSettings, classes: tuple[str, ...]) -> str:
+    """Everything from the file; where it is for other classes, of what depends on them that of those that stay."""
     assert settings.weights is not None
     with open_checkpoint(settings.weights) as checkpoint:
         if checkpoint.size not in (None, settings.model_size) and isinstance(detector, YOLOv5):
@@ -85,15 +86,26 @@ def _load_weights(detector: Detector, settings: TrainSettings) -> str:
     note = f"weights: {settings.weights}"
     if settings.license == "unknown":
         note += " (their licence goes into the recipe with --license)"
-    if given is not None and given != detector.num_classes:
-        own = detector.state_dict()
-        with torch.device("meta"):
-            other = _build(settings, detector.num_classes + 1).state_dict()
-        head = {name: own[name] for name in own if own[name].shape != other[name].shape}
+    labels, names = label_names(settings, classes), checkpoint.names
+    shared = shared_classes(labels, names) if names and len(names) == given else {}
+    if given is not None and (given != detector.num_classes or (shared and names != labels)):
+        head = _head(detector, settings)
+        if shared:
+            note += f"; they know {len(shared)} of the {len(labels)} labels, whose part of the head goes along by name"
+            head = {key: carry_over(detector, key, own, state[key], given, shared) for key, own in head.items()}
+        else:
+            note += f"; they are for {given} labels, not {len(labels)}: the head ({len(head)} tensors) starts anew"
         state |= head
-        note += f"; they are for {given} labels, not {detector.num_classes}: the head ({len(head)} tensors) starts anew"
     load_state(detector, state)
     return note
+
+
+def _head(detector: Detector, settings: TrainSettings) -> dict[str, Tensor]:
+    """The entries of the state dict that depend on the number of labels."""
+    own = detector.state_dict()
+    with torch.device("meta"):
+        other = _build(settings, detector.num_classes + 1).state_dict()
+    return {key: value for key, value in own.items() if value.shape != other[key].shape}
 
 
 def _tensor(lazy: LazyTensor) -> Tensor:
