@@ -3,6 +3,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 STOCK := .venv-stock
+STUDIO := .venv-labelstudio
 RUN := $(VENV)/bin
 UV := $(RUN)/uv
 UV_VERSION := 0.13.8
@@ -27,6 +28,12 @@ $(STOCK)/.installed: $(VENV)/.installed docker/requirements.lock
 	$(UV) pip install --quiet --python $(STOCK) --require-hashes -r docker/requirements.lock
 	touch $@
 
+# A real Label Studio for the tests; it would not go along with the libraries of the others.
+$(STUDIO)/.installed: $(VENV)/.installed tests/labelstudio.lock
+	$(UV) venv --quiet --clear --python $(RUN)/python $(STUDIO)
+	$(UV) pip install --quiet --python $(STUDIO) --require-hashes -r tests/labelstudio.lock
+	touch $@
+
 .PHONY: install
 install: $(VENV)/.installed ## The environment in .venv
 
@@ -45,7 +52,7 @@ test-unit test-e2e coverage: export OMP_WAIT_POLICY := passive
 # Hundreds of processes import torch and its like: without bytecode each of them compiles it anew.
 test-unit test-e2e coverage: export PYTHONDONTWRITEBYTECODE :=
 .PHONY: test
-test: lint $(STOCK)/.installed ## Lint, types and every test, real servers included
+test: lint $(STOCK)/.installed $(STUDIO)/.installed ## Lint, types and every test, real servers included
 	$(MAKE) --jobs=2 --keep-going test-unit test-e2e
 
 .PHONY: test-unit
@@ -54,11 +61,11 @@ test-unit: $(STOCK)/.installed ## The tests that need no server of a whole sessi
 
 # In a process of their own: the libraries of clients and browsers do not meet those of all the engines.
 .PHONY: test-e2e
-test-e2e: $(STOCK)/.installed ## The tests of real servers, clients and browsers
+test-e2e: $(STOCK)/.installed $(STUDIO)/.installed ## The tests of real servers, clients and browsers
 	$(RUN)/python -m pytest -m "not container" tests/e2e $(PYTEST)
 
 .PHONY: coverage
-coverage: $(STOCK)/.installed ## The tests once more, slower, with the lines that none of them runs
+coverage: $(STOCK)/.installed $(STUDIO)/.installed ## The tests once more, slower, with the lines that none of them runs
 	$(RUN)/coverage erase
 	$(RUN)/python -m pytest -m "not container" --cov --cov-report=term $(PYTEST)
 
@@ -88,6 +95,8 @@ test-container: $(VENV)/.installed ## The tests that need a container engine, or
 lock: $(VENV)/.installed ## Pin the newest versions that pyproject.toml allows
 	$(UV) pip compile --upgrade --quiet --python-version 3.11 --all-extras --generate-hashes --no-header --no-annotate \
 	  --no-emit-index-url pyproject.toml -o requirements.lock
+	echo label-studio==1.23.0 | $(UV) pip compile --upgrade --quiet --python-version 3.11 --generate-hashes --no-header \
+	  --no-annotate --no-emit-index-url - -o tests/labelstudio.lock
 
 # A pool of its own: tritonclient registers the same messages, and two copies of a name end the import.
 .PHONY: proto
@@ -97,4 +106,4 @@ proto: $(VENV)/.installed ## Generate the gRPC stubs in tools/proto
 
 .PHONY: clean
 clean: ## Remove what make made
-	rm -rf $(VENV) $(STOCK) .mypy_cache .ruff_cache .pytest_cache .coverage demo-output
+	rm -rf $(VENV) $(STOCK) $(STUDIO) .mypy_cache .ruff_cache .pytest_cache .coverage demo-output

@@ -227,6 +227,7 @@ def test_a_picture_of_a_folder_that_cannot_be_taken(model: Model, tmp_path: Path
     with open(source / "large.jpg", "wb") as file:
         file.truncate(20_000_001)
     Path(os.fsdecode(os.fsencode(source) + b"/\xff.jpg")).write_bytes(body)
+    (source / "link.jpg").symlink_to("nothing")
     target, job = planned(source, tmp_path / "out", model)
     (source / "gone.jpg").unlink()
     (source / "other.jpg").unlink()
@@ -239,6 +240,7 @@ def test_a_picture_of_a_folder_that_cannot_be_taken(model: Model, tmp_path: Path
     assert {one.picture: one.type for one in part.failed} == {
         "gone.jpg": "Missing",
         "large.jpg": "ImageTooLarge",
+        "link.jpg": "Unreadable",
         "other.jpg": "Unreadable",
         "\\xff.jpg": "BadName",
     }
@@ -364,7 +366,7 @@ def test_one_line_for_what_cannot_work(archive: Path, bucket: str, tmp_path: Pat
         ([str(source), "s3://absent", *model], "there is no bucket 'absent'"),
         ([str(source), str(tmp_path / "file" / "x"), *model], "cannot be made (Not a directory)"),
         ([str(source), str(tmp_path / "locked"), *model], "another run is at work in DST"),
-        ([str(source), out], "archive: missing"),
+        ([str(source), out], "archive: missing; it is: the model, as `marina archive build` makes it"),
         ([str(source), out, "--archive", str(tmp_path / "none.mar")], "no such file"),
         ([str(source), out, "--archive", str(tmp_path / "no.mar")], "not a zip file"),
         ([str(source), out, "--archive", str(damaged)], "index_to_name.json"),

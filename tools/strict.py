@@ -4,7 +4,7 @@ import difflib
 import json
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -55,7 +55,8 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         text = f"{where}: unknown key; {hint}"
     elif first["type"] == "missing":
-        text = f"{where}: missing"
+        description = _description(kind, first["loc"])
+        text = f"{where}: missing" + (f"; it is: {description}" if description else "")
     elif first["type"] == "string_pattern_mismatch" and (description := _description(kind, first["loc"])):
         text = f"{where}: {_shown(first['input'])} does not fit; it is: {description}"
     else:
@@ -79,7 +80,8 @@ def _keys(kind: Any, section: list[int | str]) -> list[str]:
     for part in section:
         if isinstance(part, int):
             continue
-        kind = kind.model_fields[part].annotation
+        fields = getattr(kind, "model_fields", None)
+        kind = fields[part].annotation if fields else get_type_hints(kind)[part]
         if get_origin(kind) in (list, Union, UnionType):
             kind = get_args(kind)[0]
     names = getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", {})

@@ -56,6 +56,8 @@ class FolderSource:
         except FileNotFoundError as error:
             if not self.root.is_dir():
                 raise ToolError(f"SRC {self.root} is gone; bring it back and run the same command again") from error
+            if (self.root / name).is_symlink():
+                raise PictureError("Unreadable", "it is a link to nothing") from error
             raise PictureError("Missing", "it was there when SRC was listed, and is gone") from error
         except OSError as error:
             raise PictureError("Unreadable", f"it cannot be read ({error.strerror})") from error

@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gate.add_argument("--evaluation", type=Path, required=True, metavar="DIR", help="what `marina evaluate` wrote")
     gate.add_argument("--require", required=True, metavar="FIGURE=NUMBER,…", help="what must be reached")
 
+    gate.add_argument("--live", type=Path, metavar="DIR", help="the same of the model that serves now")
+    gate.add_argument("--live-drop", type=float, default=0.0, metavar="NUMBER", help="how much lower mAP50 may be")
+
     recipe = actions.add_parser("recipe", help="for the step scripts: another version or engine in a run's recipe")
     recipe.add_argument("run", type=Path, help="folder of the run")
     recipe.add_argument("--version", help="digits and dots")
@@ -58,9 +61,12 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _gate(args: argparse.Namespace) -> int:
-    from tools.pipeline.gate import check_gate
+    from tools.pipeline.gate import check_gate, check_live
 
-    print(f"the gate is passed: {check_gate(args.run, args.evaluation, args.require).line()}")
+    lines = [check_gate(args.run, args.evaluation, args.require).line()]
+    if args.live:
+        lines.append(check_live(args.evaluation, args.live, args.live_drop))
+    print(f"the gate is passed: {'; '.join(lines)}")
     return 0
 
 

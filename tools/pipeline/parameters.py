@@ -88,6 +88,16 @@ class Parameters(Strict):
     weights: str | None = Field(
         None, pattern=TARGET, description="weights in the store to start from, as `dataset`; random without"
     )
+    live: str | None = Field(
+        None,
+        pattern=TARGET,
+        description="the run that serves now, as NAME@production: what to start from, and not to be worse than",
+    )
+    live_drop: str = Field(
+        "0.02",
+        pattern=rf"^{FRACTION}$",
+        description="how much lower the mAP50 of the classes that `live` knows may be on the same pictures",
+    )
     epochs: int = Field(100, ge=1, le=100_000, description="rounds over the training pictures, on any device")
     batch: int = Field(16, ge=0, le=65_536, description="pictures a step; 0 finds the largest that fits")
     size: int | None = Field(
@@ -132,6 +142,12 @@ class Parameters(Strict):
         """Told before anything is fetched."""
         given = {name: getattr(self, name) for name in ("definition", "model_size", "epochs", "batch", "seed")}
         parse(TrainSettings, {"data": Path("data")} | given | ({"size": self.size} if self.size else {}))
+        return self
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "Parameters":
+        if self.weights and self.live:
+            raise ValueError("weights and live are both what training starts from; give one")
         return self
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The archive becomes `production`, which the servers of a cluster follow; a server that is named is updated at once.
+# The archive, which the servers of a cluster follow, and its run become `production`; a server that is named is updated
+# at once.
 set -eu
 if [ "$MARINA_DEPLOY" != true ]; then
   echo "deploy is false: production stays what it was"
@@ -13,4 +14,5 @@ if [ -n "${MARINA_SERVER_MANAGEMENT:-}" ]; then
   if [ -n "$MARINA_SERVER_TOKEN_FILE" ]; then set -- "$@" --token-file "$MARINA_SERVER_TOKEN_FILE"; fi
   marina store deploy "$id" "$@"
 fi
+marina store promote "$(cat run.id)" --kind runs --to production
 marina store promote "$id" --to production

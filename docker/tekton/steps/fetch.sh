@@ -6,7 +6,7 @@ if [ -n "$MARINA_S3_ENDPOINT" ]; then export AWS_ENDPOINT_URL="$MARINA_S3_ENDPOI
 marina store check
 
 # Nothing of another run, where a volume has served one before.
-rm -rf drawn raw data weights run evaluation archive.mar version device gpu gate.txt run.id archive.id
+rm -rf drawn raw data weights live run evaluation live-evaluation archive.mar version device gpu gate.txt run.id archive.id
 
 # Digits and dots, higher with every run: a server takes no other content under a version that it has.
 printf '%s\n' "${MARINA_MODEL_VERSION:-$(date -u +1.%Y%m%d.%H%M%S)}" > version
@@ -22,4 +22,8 @@ marina store pull "$MARINA_DATASET" --kind datasets --output raw
 if [ -n "$MARINA_WEIGHTS" ]; then
   mkdir weights
   marina store pull "$MARINA_WEIGHTS" --kind weights --output weights
+fi
+if [ -n "$MARINA_LIVE" ]; then
+  mkdir live
+  marina store pull "$MARINA_LIVE" --kind runs --output live
 fi

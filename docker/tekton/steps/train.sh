@@ -12,6 +12,7 @@ else
     --batch "$MARINA_BATCH" --patience "$MARINA_PATIENCE" --seed "$MARINA_SEED"
   if [ -n "$MARINA_SIZE" ]; then set -- "$@" --size "$MARINA_SIZE"; fi
   if [ -n "$MARINA_WEIGHTS" ]; then set -- "$@" --weights weights/*; fi
+  if [ -n "$MARINA_LIVE" ]; then set -- "$@" --weights live/best.safetensors; fi
   # Never `auto`, which would take the CPU in silence.
   if [ "$(cat device)" = gpu ]; then set -- "$@" --devices 0; else set -- "$@" --devices cpu; fi
   marina train "$@"
