@@ -91,6 +91,20 @@ image-smoke: model-store/shapes.mar ## Build the container, run it locked down, 
 test-container: $(VENV)/.installed ## The tests that need a container engine, or start one
 	$(RUN)/python -m pytest -m container tests
 
+fuzz chaos soak: export PYTHONPATH := tests
+.PHONY: fuzz
+fuzz: $(VENV)/.installed ## Bytes that break a reader, then broken requests at a server; SECONDS=300 REQUESTS=20000
+	$(RUN)/python -m survive.fuzz --seconds $(or $(SECONDS),300) --findings fuzz-findings
+	$(RUN)/python -m survive.storm --requests $(or $(REQUESTS),20000) --keep fuzz-findings
+
+.PHONY: chaos
+chaos: $(VENV)/.installed ## A worker, then TorchServe, killed every 20 s under load; MINUTES=3 of each of three parts
+	$(RUN)/python -m survive.chaos --minutes $(or $(MINUTES),3)
+
+.PHONY: soak
+soak: $(VENV)/.installed ## Full load: memory, descriptors, p99 of each minute; MINUTES=20, needs wrk
+	$(RUN)/python -m survive.soak --minutes $(or $(MINUTES),20)
+
 .PHONY: lock
 lock: $(VENV)/.installed ## Pin the newest versions that pyproject.toml allows
 	$(UV) pip compile --upgrade --quiet --python-version 3.11 --all-extras --generate-hashes --no-header --no-annotate \

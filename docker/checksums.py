@@ -18,13 +18,18 @@ class Refused(Exception):
 
 def check_store(store: Path) -> list[str]:
     """A line for each archive of `store`, and what is known of it. Raises Refused at the first that is not as built."""
+    return [f"{path.name}: {check_archive(path)}" for path in archives_of(store)]
+
+
+def archives_of(store: Path) -> list[Path]:
+    """Raises Refused when there is none."""
     try:
         paths = sorted(path for path in store.iterdir() if path.suffix == ".mar")
     except OSError as error:
         raise Refused(f"the model store cannot be read by user {os.getuid()}: {error}") from error
     if not paths:
         raise Refused(f"no .mar archive in {store}: mount a folder of archives there, -v FOLDER:{store}:ro")
-    return [f"{path.name}: {check_archive(path)}" for path in paths]
+    return paths
 
 
 def check_archive(path: Path) -> str:

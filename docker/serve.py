@@ -1,6 +1,6 @@
 """Process 1 of the container: checks what is to be served, runs TorchServe, and ends it between two requests.
 
-    archives and device checked -> TorchServe's JVM, on loopback -> the relay, on the public port
+    signatures, archives and device checked -> TorchServe's JVM, on loopback -> the relay, on the public port
     SIGTERM: no new connection -> answers under way go out, for MARINA_GRACE seconds -> JVM ended -> exit code 0
 
 Exit code 1, and one line, when nothing can be served; that of the JVM, and never 0, when it ends by itself.
@@ -17,15 +17,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from checksums import Refused, check_store
 from relay import Relay
+from signatures import check_signatures, read_keys
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "config.properties"
 JAVA = Path("/opt/java/bin/java")
 PORT = 8080
+# Public keys, where they are mounted: then nothing is served that none of them has signed.
+KEYS = Path("/etc/marina/keys")
 # The working directory of the server: its key file, sockets and unpacked archives.
 RUNTIME = Path("/tmp/torchserve")  # noqa: S108  # made below, for this user alone
 # What the handlers read, as bytes, and what TorchServe's limit counts beside the answers of a batch.
@@ -220,6 +224,10 @@ def main() -> int:
     try:
         properties = CONFIG.read_text(encoding="utf-8")
         address, grace = backend_of(properties), grace_of(os.environ.get(GRACE_VARIABLE))
+        keys = read_keys(KEYS)
+        # Signatures first: they need nothing of an archive to be opened.
+        for line in check_signatures(store, keys, datetime.now(UTC)) if keys else []:
+            tell(line)
         for line in check_store(store):
             tell(line)
         version = (package("torch") / "version.py").read_text(encoding="utf-8")

@@ -1,6 +1,5 @@
 """The entry module of an archive: TorchServe on one side, our worker on the other."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ with lean_vision_handler():
     from ts.metrics.metric_cache_errors import MetricsCacheKeyError
     from ts.torch_handler.vision_handler import VisionHandler
 
-from handlers.errors import InvalidOption  # noqa: E402  # see above
 from handlers.metrics import COUNTERS, Increase  # noqa: E402  # see above
 from handlers.pipeline import Answer, Job  # noqa: E402  # see above
-from handlers.response import JSON  # noqa: E402  # see above
 from handlers.worker import Worker  # noqa: E402  # see above
 
 
@@ -63,16 +60,9 @@ class DetectionHandler(VisionHandler):
 
     def preprocess(self, data: list[dict[str, Any]], context: Any) -> list[Job | Answer]:
         return [
-            self._read(row, context.get_all_request_header(index) or {}, context.get_request_id(index) or "")
+            self.worker.read(row, context.get_all_request_header(index) or {}, context.get_request_id(index) or "")
             for index, row in enumerate(data)
         ]
-
-    def _read(self, row: dict[str, Any], headers: dict[str, Any], request_id: str) -> Job | Answer:
-        if headers.get("describe") == "True":
-            return Answer(json.dumps(self.worker.pipeline.describe()).encode(), JSON)
-        if headers.get("explain") == "True":
-            return Job(error=InvalidOption("explanations are not available for detectors; use /predictions"))
-        return self.worker.read(row, headers, request_id)
 
     def inference(self, data: list[Job | Answer]) -> list[Job | Answer]:
         self.worker.infer([job for job in data if isinstance(job, Job)])

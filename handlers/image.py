@@ -32,6 +32,10 @@ SIGNATURES = (
 JpegDecoder = Callable[[bytes], np.ndarray]
 ACCEPTED = "JPEG, PNG, WebP, BMP, GIF or TIFF"
 TILE_TAGS = 322, 323  # TileWidth, TileLength (TIFF 6.0, section 15)
+SCAN = b"\xff\xda"  # the marker SOS (ITU-T T.81, table B.1)
+# Of a JPEG, all scans together: libjpeg goes over all of them for each scan, even one of a few bytes. This many take
+# seconds; a picture of 50 million pixels may have 170 scans, and the usual progressive one has 10.
+MOST_SCANNED_PIXELS = 8_500_000_000
 
 # What turns a picture of each EXIF orientation upright (EXIF 2.32, tag 0x0112).
 ORIENTATION = 0x0112
@@ -80,6 +84,8 @@ def decode(body: bytes, limits: Limits, decode_jpeg: JpegDecoder | None = None) 
                     # A whole tile is allocated, however small the picture.
                     tile_width, tile_height = (int(image.tag_v2.get(tag, 0)) for tag in TILE_TAGS)
                     _check_pixels(tile_width, tile_height, limits)
+                if name == "JPEG":
+                    _check_scans(body, *image.size)
                 if decode_jpeg and name == "JPEG" and image.mode == "RGB" and _turn(image) is None:
                     with suppress(RuntimeError):
                         return decode_jpeg(body)
@@ -100,6 +106,14 @@ def _check_pixels(width: int, height: int, limits: Limits) -> None:
     if width * height > limits.max_pixels:
         raise ImageTooLarge(
             f"the picture is {width}x{height} = {width * height} pixels, more than the {limits.max_pixels} allowed"
+        )
+
+
+def _check_scans(body: bytes, width: int, height: int) -> None:
+    scans = body.count(SCAN)
+    if scans * width * height > MOST_SCANNED_PIXELS:
+        raise ImageTooLarge(
+            f"the picture is {width}x{height} pixels in {scans} scans, too many to decode; save it anew"
         )
 
 

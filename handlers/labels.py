@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from handlers.errors import BadSettings
-from handlers.settings import MAX_LABEL_LENGTH
+from handlers.settings import MAX_LABEL_LENGTH, Capture
 
 BACKGROUND = "__background__"
 
@@ -44,6 +44,23 @@ def load_labels(path: Path) -> list[str]:
             )
         labels.append(name)
     return labels
+
+
+def check_capture(capture: Capture, labels: list[str]) -> None:
+    """Raises BadSettings for a class that the model does not know."""
+    named = {
+        "keep.classes": capture.keep.classes,
+        "blur.classes": capture.blur.classes,
+        "blur.heads_of": capture.blur.heads_of,
+    }
+    for key, names in named.items():
+        for name in names:
+            if name not in labels or name == BACKGROUND:
+                known = [label for label in labels if label != BACKGROUND]
+                raise BadSettings(
+                    f"capture.{key} has {name!r}, which is no class of this model; it knows {', '.join(known[:100])}"
+                    + (", ..." if len(known) > 100 else "")
+                )
 
 
 def check_background(labels: list[str], has_background: bool, definition: str) -> None:

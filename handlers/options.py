@@ -1,13 +1,12 @@
 """What one request may ask for, by header, field, member or query parameter alike."""
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from handlers.errors import InvalidOption
 from handlers.labels import BACKGROUND
-from handlers.settings import FORMATS, MAX_DETECTIONS, Settings
+from handlers.settings import FORMATS, MAX_DETECTIONS, Settings, shown
 
 ALLOWED = {
     "score_threshold": "a number from 0 to 1",
@@ -58,7 +57,7 @@ def parse_options(given: Mapping[str, Any], defaults: Options, labels: Sequence[
         if isinstance(value, bytes | bytearray):
             value = value.decode("utf-8", errors="replace")
         if name not in ALLOWED:
-            raise InvalidOption(f"unknown option {_shown(name)}; known: {', '.join(ALLOWED)}")
+            raise InvalidOption(f"unknown option {shown(name)}; known: {', '.join(ALLOWED)}")
         if name == "classes":
             values[name] = _classes(value, labels)
         else:
@@ -69,14 +68,7 @@ def parse_options(given: Mapping[str, Any], defaults: Options, labels: Sequence[
 
 
 def _refuse(name: str, value: Any) -> InvalidOption:
-    return InvalidOption(f"{name} is {_shown(value)}; allowed: {ALLOWED[name]}")
-
-
-def _shown(value: Any) -> str:
-    """A value that a request gives may be of any length and depth."""
-    brief = reprlib.Repr()
-    brief.maxstring = 80
-    return brief.repr(value)
+    return InvalidOption(f"{name} is {shown(value)}; allowed: {ALLOWED[name]}")
 
 
 def _fraction(name: str, value: Any) -> float:
@@ -144,5 +136,5 @@ def _class_index(item: Any, labels: Sequence[str]) -> int:
     if type(item) is int and 0 <= item < len(labels) and labels[item] != BACKGROUND:
         return item
     names = [f"{i} {name}" for i, name in enumerate(labels) if name != BACKGROUND]
-    shown = ", ".join(names[:100]) + (", ..." if len(names) > 100 else "")
-    raise InvalidOption(f"unknown class {_shown(item)} in classes; this model knows {shown}")
+    known = ", ".join(names[:100]) + (", ..." if len(names) > 100 else "")
+    raise InvalidOption(f"unknown class {shown(item)} in classes; this model knows {known}")

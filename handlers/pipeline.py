@@ -16,7 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from handlers.boxes import select
+from handlers.brightness import brightness
 from handlers.errors import (
     BadArchive,
     BadSettings,
@@ -65,7 +66,8 @@ PROVENANCE = "MAR-INF/PROVENANCE.json"
 @dataclass
 class Item:
     """One picture on its way. tensor: `[3, h, w]` as the network will see it, uint8; float32 where a client has sent it
-    so, who gets the network's `rows`."""
+    so, who gets the network's `rows`. brightness: of the picture, 0 to 1. usual: whether it is asked about with the
+    archive's own options, the format apart, and is no golden picture, with which servers are probed."""
 
     options: Options
     request_id: str = ""
@@ -74,10 +76,15 @@ class Item:
     pixels: np.ndarray | None = None
     plan: Letterbox | None = None
     tensor: Tensor | None = None
+    brightness: float | None = None
+    usual: bool = False
     detections: Detections | None = None
     rows: Tensor | None = None
     error: RequestError | None = None
     timing_ms: dict[str, float] = field(default_factory=dict)
+    # For those who keep pictures: the encoded one, and what the network found in `tensor`, before suppression.
+    body: bytes | None = None
+    candidates: Detections | None = None
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -117,6 +124,9 @@ class Pipeline:
         self.defaults = default_options(settings)
         self.since = datetime.now(UTC)
         self.checksum: str | None = None
+        self.golden: tuple[bytes, ...] = ()
+        # Where set, a picture keeps its encoded form, and all candidates above this score.
+        self.keep_above: float | None = None
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any], gpu: int | None = None) -> "Pipeline":
@@ -138,6 +148,7 @@ class Pipeline:
         pipeline = cls(settings, labels, network, device)
         if (folder / PROVENANCE).is_file():
             pipeline.checksum = hashlib.sha256((folder / PROVENANCE).read_bytes()).hexdigest()
+        pipeline.golden = tuple(pipeline.golden_picture(folder, golden.image) for golden in settings.golden)
         return pipeline
 
     def check_golden(self, folder: Path, record: bool = False) -> list[dict[str, Any]]:
@@ -190,7 +201,7 @@ class Pipeline:
         try:
             request = read_request(row, headers, self.settings.limits)
         except RequestError as error:
-            return Job(error=error)
+            return Job(error=_bare(error))
         return Job([self._item(instance, request_id) for instance in request.instances], request.kserve)
 
     def _item(self, instance: Instance, request_id: str = "", options: Options | None = None) -> Item:
@@ -204,8 +215,12 @@ class Pipeline:
                 pixels = decode(instance.body, self.settings.limits, _decode_jpeg)
             with item.timed("preprocess"):
                 self._prepare(item, pixels)
+            asked = replace(item.options, format=self.defaults.format)
+            item.usual = asked == self.defaults and instance.body not in self.golden
+            if self.keep_above is not None:
+                item.body = instance.body
         except RequestError as error:
-            item.error = error
+            item.error = _bare(error)
         return item
 
     def _tensor(self, instance: Instance) -> Tensor:
@@ -227,9 +242,10 @@ class Pipeline:
             except ValueError as error:
                 raise InvalidImage(str(error)) from error
             item.tensor = image
-            return
-        item.plan = plan_letterbox(item.height, item.width, self.settings.preprocess, self.network.stride)
-        item.tensor = letterbox(image, item.plan)
+        else:
+            item.plan = plan_letterbox(item.height, item.width, self.settings.preprocess, self.network.stride)
+            item.tensor = letterbox(image, item.plan)
+        item.brightness = brightness(item.tensor, item.plan)
 
     def infer(self, jobs: Sequence[Job]) -> None:
         """Fill in the detections of every picture that has none and no error."""
@@ -257,10 +273,14 @@ class Pipeline:
                         item.rows = rows
                     return
                 threshold = min(item.options.score_threshold for item in items)
+                if self.keep_above is not None:
+                    threshold = min(threshold, self.keep_above)
                 found = self.network.candidates(images, threshold, items[0].options.multi_label)
                 elapsed = round((time.perf_counter() - start) * 1000, 3)
                 for item, candidates in zip(items, found, strict=True):
                     item.timing_ms["inference"] = elapsed
+                    if self.keep_above is not None:
+                        item.candidates = candidates
                     with item.timed("postprocess"):
                         item.detections = finish(candidates, item.options, item.plan, item.height, item.width)
         except Exception:  # noqa: BLE001  # whatever the network raises concerns this batch only
@@ -286,7 +306,7 @@ class Pipeline:
             detections, context = self._result(item)
             return Answer(*render(detections, item.options.format, context, item.pixels))
         except RequestError as error:
-            return _refusal(error)
+            return _refusal(_bare(error))
         except Exception:  # noqa: BLE001  # such as boxes that are no numbers: the neighbours get their answers
             return _refusal(_model_failure(job.items[0].request_id if job.items else ""))
 
@@ -298,7 +318,7 @@ class Pipeline:
         try:
             detections, context = self._result(item)
         except RequestError as error:
-            raise type(error)(f"instances[{index}]: {error}") from error
+            raise type(error)(f"instances[{index}]: {error}") from _bare(error)
         return json_answer(detections, item.options.format, context)
 
     def _result(self, item: Item) -> tuple[Detections, Context]:
@@ -370,6 +390,13 @@ def _decode_jpeg(body: bytes) -> np.ndarray:
     """The same library as Pillow's, a fifth faster: it writes to where the pixels are wanted."""
     encoded = torch.frombuffer(bytearray(body), dtype=torch.uint8)
     return decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+
+
+def _bare(error: RequestError) -> RequestError:
+    """Without where it came from: those frames hold the picture and the item that holds the error, and such a ring
+    stays in memory until Python looks for rings."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _refusal(error: RequestError) -> Answer:

@@ -4,6 +4,8 @@ An unknown key, a missing one, a wrong type or a value out of range is an error,
 same classes describe the recipe that the archive is built from.
 """
 
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import UnionType
@@ -23,13 +25,25 @@ MAX_DETECTIONS = 1000
 MAX_LABEL_LENGTH = 256
 # The environment variable of a server that sends larger answers than TorchServe does by default: how many bytes.
 ANSWER_VARIABLE = "MARINA_MAX_ANSWER_BYTES"
+# That of a server that keeps captured pictures elsewhere than the recipe says, or nowhere: `off`.
+CAPTURE_VARIABLE = "MARINA_CAPTURE_TO"
 # Pillow refuses to decode more (twice PIL.Image.MAX_IMAGE_PIXELS).
 MOST_PIXELS = 178_956_970
 
 
+def shown(value: Any) -> str:
+    """For a message. What a request or an archive gives may be of any length and depth."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = 80
+    try:
+        return brief.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of very many digits"
+
+
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{name} is {value}, outside of {low} to {high}")
+        raise ValueError(f"{name} is {shown(value)}, outside of {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -157,6 +171,72 @@ class Golden:
     detections: str
 
 
+def check_destination(value: str) -> None:
+    """Raises ValueError unless captured pictures can be kept there, as far as its form tells."""
+    if not value.startswith("/") and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+[a-z0-9](/[^?#]*)?", value):
+        raise ValueError(f"to is {value!r}, neither an absolute folder nor s3://bucket/prefix")
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which of the answered pictures are worth labelling; one reason is enough.
+
+    near_threshold: something found whose score is at most this much above the threshold. classes: one of these found.
+    rare: a class found that up to now less than this share of the pictures had. empty: nothing found. random: any,
+    with this probability.
+    """
+
+    __pydantic_config__ = STRICT
+    near_threshold: float = 0.0
+    classes: tuple[str, ...] = ()
+    rare: float = 0.0
+    empty: bool = False
+    random: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("near_threshold", "rare", "random"):
+            _check_range(name, getattr(self, name), 0, 1)
+        if not any(vars(self).values()):
+            raise ValueError("nothing is kept; give near_threshold, classes, rare, empty or random")
+
+
+@dataclass(frozen=True)
+class Blur:
+    """What is made unrecognisable before a picture is kept.
+
+    classes: all of their boxes. heads_of: the upper part of the boxes of these, for models that know no faces.
+    """
+
+    __pydantic_config__ = STRICT
+    classes: tuple[str, ...] = ()
+    heads_of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The pictures that a server keeps, as the start of a next data set; off in an archive that has none of this.
+
+    to: an absolute folder or `s3://bucket/prefix`; the server's MARINA_CAPTURE_TO goes before it, and where there is
+    neither, nothing is kept. per_hour: at most, by all workers together. per_class_per_hour: of those, for the sake of
+    one class. days: how long they are kept in a folder; in a bucket that is up to its lifecycle rules.
+    """
+
+    __pydantic_config__ = STRICT
+    keep: Keep
+    to: str | None = None
+    per_hour: int = 100
+    per_class_per_hour: int = 20
+    days: int = 30
+    blur: Blur = Blur()
+
+    def __post_init__(self) -> None:
+        _check_range("per_hour", self.per_hour, 1, 100_000)
+        _check_range("per_class_per_hour", self.per_class_per_hour, 1, 100_000)
+        _check_range("days", self.days, 1, 36_500)
+        if self.to is not None:
+            check_destination(self.to)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything the handler knows; file names are relative to the archive."""
@@ -174,6 +254,7 @@ class Settings:
     device: Literal["auto", "cpu", "gpu"]
     golden: tuple[Golden, ...]
     exported: Exported | None = None
+    capture: Capture | None = None
 
 
 def parse_settings(section: Any) -> Settings:
@@ -185,11 +266,12 @@ def parse_settings(section: Any) -> Settings:
 
 def _parse(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
-        raise BadSettings(f"{where}: {value!r} is not a mapping of settings")
+        raise BadSettings(f"{where}: {shown(value)} is not a mapping of settings")
     known = {f.name: f for f in fields(kind)}
     for key in value:
         if key not in known:
-            raise BadSettings(f"{where}.{key}: unknown setting; known here: {', '.join(known)}")
+            name = key[:80] if isinstance(key, str) else shown(key)
+            raise BadSettings(f"{where}.{name}: unknown setting; known here: {', '.join(known)}")
     hints = get_type_hints(kind)
     arguments = {}
     for name, declared in known.items():
@@ -212,15 +294,18 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return None if value is None else _convert(kind, value, where)
     if origin is Literal:
         if value not in get_args(hint):
-            raise BadSettings(f"{where}: {value!r} is not one of {', '.join(map(str, get_args(hint)))}")
+            raise BadSettings(f"{where}: {shown(value)} is not one of {', '.join(map(str, get_args(hint)))}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise BadSettings(f"{where}: {value!r} is not a list")
+            raise BadSettings(f"{where}: {shown(value)} is not a list")
         return tuple(_convert(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     expected = dict if origin is dict else hint
     if expected is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise BadSettings(f"{where}: {shown(value)} is too large a number") from None
     if type(value) is not expected:
-        raise BadSettings(f"{where}: {value!r} is {type(value).__name__}, not {expected.__name__}")
+        raise BadSettings(f"{where}: {shown(value)} is {type(value).__name__}, not {expected.__name__}")
     return value

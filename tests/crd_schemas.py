@@ -193,6 +193,14 @@ SERVICE_MONITOR = resource(
         }
     ),
 )
+RULE = an_object(
+    {"expr": TEXT}, {"record": TEXT, "alert": TEXT, "for": DURATION, "labels": LABELS, "annotations": LABELS}
+)
+PROMETHEUS_RULE = resource(
+    "monitoring.coreos.com/v1",
+    "PrometheusRule",
+    an_object({"groups": a_list(an_object({"name": TEXT, "rules": a_list(RULE)}))}),
+)
 ROUTE = resource(
     "route.openshift.io/v1",
     "Route",
@@ -220,6 +228,7 @@ OURS = {
         INFERENCE_SERVICE,
         PYTORCH_JOB,
         SERVICE_MONITOR,
+        PROMETHEUS_RULE,
         ROUTE,
     )
 }

@@ -192,6 +192,36 @@ def test_a_busy_server_is_asked_again(serve, no_waits):
     assert len(server.seen) == 4
 
 
+def test_what_a_server_that_dies_leaves_unanswered_is_asked_again(serve, no_waits):
+    """A worker that is killed, by what TorchServe says then; the server itself, by the lost connection."""
+    died = [refusal(status, "InternalServerException", "Worker died.") for status in (500, 507)]
+    left = [*died, None]
+    server = serve(lambda path, headers, body: left.pop() if left else answer(body))
+    with Client(server.url, "dogs") as client:
+        assert client.predict(b"x").width == 1
+    assert len(server.seen) == 4
+
+
+def test_a_token_file_is_read_again_when_its_token_is_refused(serve, no_waits, tmp_path):
+    """As that of a TorchServe that was started again under the client."""
+    token = tmp_path / "token"
+    token.write_text("old")
+
+    def says(path, headers, body):
+        if headers["Authorization"] == "Bearer new":
+            return answer(body)
+        if len(server.seen) == 2:
+            token.write_text("new\n")
+        return refusal(400, "InvalidKeyException")
+
+    server = serve(says)
+    with Client(server.url, "dogs", token=token) as client:
+        assert client.predict(b"x").width == 1
+    assert [headers["Authorization"] for _, headers, _ in server.seen] == ["Bearer old", "Bearer old", "Bearer new"]
+    with Client(server.url, "dogs", token="old") as client, pytest.raises(ServerRefused, match="InvalidKeyException"):
+        client.predict(b"x")
+
+
 def test_a_server_that_stays_busy_is_given_up(serve, no_waits):
     server = serve(lambda path, headers, body: (503, {}, b"busy"))
     with (
@@ -213,7 +243,6 @@ def test_a_server_that_is_not_there_is_asked_again(closed_url, no_waits, monkeyp
 @pytest.mark.parametrize(
     ("said", "kind"),
     [
-        (None, ServerFailed),
         (refusal(500, "ModelFailure"), ServerRefused),
         (refusal(400, "InvalidOption"), ServerRefused),
         ((200, {}, b"<html>hello</html>"), ServerFailed),

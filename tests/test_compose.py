@@ -104,6 +104,12 @@ def test_docker_compose_takes_the_files(tmp_path: Path) -> None:
     assert yaml.safe_load(done.stdout)["services"].keys() == services().keys()
 
 
+def test_keys_are_mounted_where_the_container_looks() -> None:
+    (signed,) = load(COMPOSE / "compose.signed.yaml")["services"]["serve"]["volumes"]
+    assert signed["source"].startswith("${MARINA_KEYS:?") and signed["read_only"] is True
+    assert f'KEYS = Path("{signed["target"]}")' in (DOCKER / "serve.py").read_text()
+
+
 def test_images_are_pinned_or_built_here(service: Document) -> None:
     if "build" not in service:
         assert PINNED.fullmatch(service["image"])
@@ -173,6 +179,16 @@ def test_torchserve_is_reached_by_the_gateway_and_prometheus_alone() -> None:
     there = {name for name, service in services().items() if "inference" in service.get("networks", [])}
     assert there == {"serve", "gateway", "prometheus"}
     assert main["services"]["serve"]["networks"] == ["inference"] and "ports" not in main["services"]["serve"]
+
+
+def test_the_gateway_is_the_ml_backend_of_label_studio(made: Path) -> None:
+    main = load(FILES[0])
+    there = {name for name, service in services().items() if "labelling" in service.get("networks", [])}
+    assert there == {"gateway", "label-studio"} and main["networks"]["labelling"] == {"internal": True}
+    arguments = shlex.split(main["services"]["gateway"]["command"])
+    assert arguments[arguments.index("--label-studio-url") + 1] == "http://label-studio:8080"
+    token = made / Path(arguments[arguments.index("--label-studio-token-file") + 1]).name
+    assert token.read_text() == json.loads((made / "all.json").read_text())["label_studio_token"]
 
 
 def test_what_is_mounted_is_there() -> None:
@@ -354,6 +370,8 @@ def told() -> dict[str, set[str]]:
         found[sample.name] = {*sample.labels}
     found |= {name: {"gpu", "modelName"} for name in DCGM}
     found["up"] = {"job", "instance"}
+    recorded = [rule["record"] for rule in rules() if "record" in rule]
+    found |= {name: {"model", "version", "quantity", "bucket", "window"} for name in recorded}
     return found
 
 
@@ -363,9 +381,14 @@ def panels() -> list[Document]:
 
 
 def rules() -> list[Document]:
-    (group,) = yaml.safe_load((COMPOSE / "prometheus" / "alerts.yml").read_text())["groups"]
-    found: list[Document] = group["rules"]
-    return found
+    """Of all files that Prometheus reads."""
+    files = yaml.safe_load((COMPOSE / "prometheus" / "prometheus.yml").read_text())["rule_files"]
+    groups = [yaml.safe_load((COMPOSE / "prometheus" / file).read_text())["groups"] for file in files]
+    return [rule for (group,) in groups for rule in group["rules"]]
+
+
+def alerts() -> list[Document]:
+    return [rule for rule in rules() if "alert" in rule]
 
 
 EXPRESSIONS = [
@@ -373,18 +396,23 @@ EXPRESSIONS = [
     for panel in panels()
     for target in panel.get("targets", [])
 ]
-EXPRESSIONS += [pytest.param(rule["expr"], id=rule["alert"]) for rule in rules()]
+EXPRESSIONS += [
+    pytest.param(rule["expr"], id=f"{rule.get('alert') or rule['record']} {number}")
+    for number, rule in enumerate(rules())
+]
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_what_is_asked_for_is_told(expression: str) -> None:
     known = told()
-    grouped = re.findall(r"by \(([^)]*)\)", expression)
-    outside = re.sub(r"\{[^}]*\}|\[[^]]*\]|by \([^)]*\)", "", expression)
-    names = {*re.findall(r"\b[a-zA-Z_]\w*\b(?!\s*\()", outside)}
+    grouped = re.findall(r"(?:by|on) \(([^)]*)\)", expression)
+    outside = re.sub(r"\{[^}]*\}|\[[^]]*\]|(by|on|group_left) \([^)]*\)|\band\b", "", expression)
+    names = {*re.findall(r"\b[a-zA-Z_][\w:]*\b(?!\s*\()", outside)}
     assert names and names <= known.keys()
     labels = {*re.findall(r'(\w+)(?:=|!=|=~|!~)"', expression)} | {*re.findall(r"\w+", " ".join(grouped))}
-    assert all(labels <= known[name] | ({"le"} if name.endswith("_bucket") else set()) for name in names), labels
+    held = [known[name] | ({"le"} if name.endswith("_bucket") else set()) for name in names]
+    # Of metrics that are joined, one has it.
+    assert labels <= (set.union(*held) if " on (" in expression else set.intersection(*held)), labels
 
 
 def test_the_dashboard_is_whole() -> None:
@@ -443,7 +471,7 @@ def test_prometheus_asks_services_that_are_there() -> None:
 
 
 def test_alerts_say_what_is_wrong() -> None:
-    for rule in rules():
+    for rule in alerts():
         assert rule["for"] and rule["labels"]["severity"] in ("warning", "critical")
         summary = rule["annotations"]["summary"]
         grouped = re.search(r"by \((\w+)\)", rule["expr"])
@@ -454,6 +482,7 @@ def test_prometheus_takes_its_settings() -> None:
     if shutil.which("promtool") is None:
         pytest.skip("PROMETHEUS' FILES NOT CHECKED: no promtool (Debian's package prometheus)")
     config = COMPOSE / "prometheus" / "prometheus.yml"
-    for command in (["config", "--syntax-only", str(config)], ["rules", str(config.with_name("alerts.yml"))]):
+    files = [str(config.with_name(name)) for name in yaml.safe_load(config.read_text())["rule_files"]]
+    for command in (["config", "--syntax-only", str(config)], ["rules", *files]):
         done = subprocess.run(["promtool", "check", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

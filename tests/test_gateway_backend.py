@@ -16,11 +16,13 @@ LABELS = ["cat", "Straße", "dog"]
 
 
 class Peer:
-    """Speaks as TorchServe does for one model. late: descriptions do not come. token: what it wants."""
+    """Speaks as TorchServe does for one model. late: descriptions do not come. token: what it wants. died: the status
+    of its word for a worker that ended under the request."""
 
     def __init__(self) -> None:
         self.late = False
         self.token: str | None = None
+        self.died: int | None = None
         self.headers: dict[str, str] = {}
         self.answered = 0
         self.port = 0
@@ -47,6 +49,9 @@ class Peer:
             while self.late:
                 await asyncio.sleep(0.01)
             return web.json_response({"name": "m", "version": "1.0", "labels": LABELS, "device": "cpu"})
+        if self.died:
+            content = {"code": self.died, "type": "InternalServerException", "message": "Worker died."}
+            return web.json_response(content, status=self.died)
         self.headers = dict(request.headers)
         self.answered += 1
         return web.Response(body=await request.read(), content_type="image/jpeg")
@@ -106,6 +111,23 @@ def test_a_model_that_is_only_busy_stays_in_use(monkeypatch: pytest.MonkeyPatch)
             monkeypatch.setattr(module, "DESCRIBE_TIMEOUT_S", 30)
             peer.late = False
             assert [model.healthy for model in await backend.models()] == [True]
+            await backend.close()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("status", [500, 507])
+def test_of_a_worker_that_dies_callers_hear_that_they_may_ask_again(status: int) -> None:
+    async def scene() -> None:
+        async with Peer() as peer:
+            backend = Backend([peer.server()])
+            await backend.start()
+            peer.died = status
+            with pytest.raises(GatewayError, match="worker of model 'm' died") as caught:
+                await ask(backend)
+            assert (caught.value.status, caught.value.type) == (503, "WorkerDied")
+            assert caught.value.retry_after
+            assert backend.up() == {"m": True}
             await backend.close()
 
     play(scene)

@@ -23,6 +23,7 @@ from train_set import SHORT, rows_of, write_set
 from tools.pipeline.parameters import HERE_ONLY, Parameters, as_text, from_environment, variable
 from tools.pipeline.steps import STEPS, SUMMARY, Step
 from tools.pipeline.tekton import CREDENTIALS, documents
+from tools.sign.command import VARIABLE
 
 DOCKER = Path(__file__).resolve().parent.parent / "docker"
 K8S = DOCKER / "k8s"
@@ -115,13 +116,13 @@ def test_every_file_that_a_kustomization_names_is_there(path: Path) -> None:
     named = [*content.get("resources", []), *content.get("configurations", [])]
     named += [file for generator in content.get("configMapGenerator", []) for file in generator.get("files", [])]
     missing = [name for name in named if not (path.parent / name).exists()]
-    assert named and not missing
+    assert (named or content["kind"] == "Component") and not missing
     others = {file.name for file in path.parent.iterdir() if file.is_file()} - {"kustomization.yaml", "run.yaml"}
     assert others <= {*named}, "a file that nothing names"
 
 
 def test_what_is_built_is_all_there_is() -> None:
-    parts = {K8S / "base", K8S / "config"}
+    parts = {K8S / "base", K8S / "config", K8S / "signed"}
     assert {path.parent for path in KUSTOMIZATIONS} == {*BUILT, *parts}
 
 
@@ -270,6 +271,25 @@ def test_services_monitors_and_scalers_find_their_pods(overlay: Path) -> None:
     if overlay.name == "openshift":
         route = found["Route", "marina"]
         assert route["to"]["name"] == "marina-gateway" and route["tls"]["insecureEdgeTerminationPolicy"] == "Redirect"
+
+
+def test_a_pod_that_wants_signatures_has_the_keys_wherever_archives_come_in(tmp_path: Path) -> None:
+    tree = Path(shutil.copytree(K8S, tmp_path / "k8s"))
+    overlay = tree / "overlays" / "cpu"
+    content = yaml.safe_load((overlay / "kustomization.yaml").read_text())
+    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(content | {"components": ["../../signed"]}))
+    (deployment,) = (
+        each["spec"]["template"]["spec"]
+        for each in build(overlay)
+        if (each["kind"], each["metadata"]["name"]) == ("Deployment", "marina-serve")
+    )
+    found = {each["name"]: each for each in deployment["containers"]}
+    (at,) = re.findall(r'^KEYS = Path\("(.+)"\)$', (DOCKER / "serve.py").read_text(), re.MULTILINE)
+    for name in ("serve", "follow"):
+        assert {"name": "keys", "mountPath": at, "readOnly": True} in found[name]["volumeMounts"]
+    assert {"name": VARIABLE, "value": at} in found["follow"]["env"]
+    assert "MARINA_STORE" in str(build(overlay)) and len(found["follow"]["env"]) > 2
+    assert {"name": "keys", "configMap": {"name": "marina-keys"}} in deployment["volumes"]
 
 
 def test_probes_ask_for_a_golden_answer() -> None:

@@ -26,6 +26,7 @@ from ts.context import Context, RequestProcessor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from handlers import metrics
+from handlers.baseline import Baseline, Distribution
 from handlers.detection_handler import DetectionHandler
 from handlers.metrics import COUNTERS, HISTOGRAMS, SCORE, STAGES, Figures
 from handlers.options import Options
@@ -45,6 +46,13 @@ LINE = re.compile(
 )
 LINE_ENDS = re.compile("\r\n|[\n\r\u2028\u2029\u0085]")
 
+BASELINE = Baseline(
+    100,
+    {
+        "megapixels": Distribution((60, 40), 12.5, edges=(0.25,)),
+        "class": Distribution((90, 10), 15.5, classes=("a", "(others)")),
+    },
+)
 OPTIONS = Options(0.25, 0.45, 300, class_agnostic=False, classes=None, format="detections")
 Figure = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -122,7 +130,8 @@ def print_all(figures: Figures) -> None:
 
 def answered(scores: list[float], label: int = 0, **timing_ms: float) -> tuple[Job, Answer]:
     found = Detections(torch.zeros(len(scores), 4), torch.full((len(scores),), label), torch.tensor(scores))
-    return Job([Item(OPTIONS, detections=found, timing_ms=timing_ms)]), Answer(b"", "")
+    item = Item(OPTIONS, height=480, width=640, brightness=0.25, usual=True, detections=found, timing_ms=timing_ms)
+    return Job([item]), Answer(b"", "")
 
 
 # --- The files
@@ -143,7 +152,8 @@ def test_declared_as_the_handlers_count() -> None:
 
 def test_the_container_reads_them() -> None:
     assert "\nmetrics_config=/opt/torchserve/metrics.yaml\n" in (DOCKER / "config.properties").read_text()
-    assert re.search(r"^COPY .* metrics\.yaml .*/opt/torchserve/$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+    dockerfile = (DOCKER / "Dockerfile").read_text().replace("\\\n", "")
+    assert re.search(r"^COPY .* metrics\.yaml .*/opt/torchserve/$", dockerfile, re.MULTILINE)
 
 
 def test_a_metrics_port_in_use_is_one_line(tmp_path: Path) -> None:
@@ -168,12 +178,13 @@ FORGED = "x\n[METRICS]marina_answers.Count:9|#model:m,version:1,type:ok|#type:CO
     ["a,b", "a|#type:GAUGE", "a|#hostname:h,1,2", "#", ":", '"', "é", "猫", "a%2Cb", "a:b", FORGED, "\u2028x", "\\"]
 )
 def test_no_label_forges_or_loses_a_metric(labels: list[str]) -> None:
-    figures = Figures("m", "1.0", labels)
+    known = Baseline(100, {"class": Distribution(tuple(range(len(labels))), 1.5, classes=tuple(labels))})
+    figures = Figures("m", "1.0", labels, known)
     figures.add([answered([0.5] * (index + 1), index) for index in range(len(labels))])
     with printing() as printed:
         print_all(figures)
     read = read_as_torchserve(printed.sink.getvalue())
-    assert len(read) == sum(1 for _ in Figures("m", "1.0", labels).take())
+    assert len(read) == sum(1 for _ in Figures("m", "1.0", labels, known).take())
     found = [(value, dict(pairs)["label"]) for name, value, pairs in read if name == "marina_detections"]
     assert [value for value, _ in found] == list(range(1, len(labels) + 1))
     assert len({label for _, label in found}) == len(labels)
@@ -206,10 +217,12 @@ def test_histogram(scores: list[float]) -> None:
 
 
 def test_all_is_there_from_the_start_with_zeros_and_then_what_increased() -> None:
-    figures = Figures("m", "1.0", ["a", "b"])
+    figures = Figures("m", "1.0", ["a", "b"], BASELINE)
     first = list(figures.take())
     assert {increase.counter for increase in first} == set(COUNTERS)
-    assert {increase.amount for increase in first} == {0}
+    assert {increase.counter for increase in first if increase.amount} == {
+        *("marina_baseline", "marina_baseline_chance", "marina_baseline_workers")
+    }
     of_stages = {increase.of[2] for increase in first if increase.counter == "marina_stage_seconds_count"}
     assert of_stages == set(STAGES)
     assert list(figures.take()) == []
@@ -217,11 +230,19 @@ def test_all_is_there_from_the_start_with_zeros_and_then_what_increased() -> Non
     increases = [(counter, amount, of[2:]) for counter, amount, of in figures.take() if "_bucket" not in counter]
     assert increases == [
         ("marina_answers", 2, ("ok",)),
+        ("marina_watched", 2, ("megapixels", "+Inf")),
         ("marina_detections", 2, ("b",)),
+        ("marina_watched", 2, ("class", "(others)")),
         ("marina_batch_pictures_sum", 2, ()),
         ("marina_batch_pictures_count", 1, ()),
         ("marina_stage_seconds_sum", 0.0035, ("decode",)),
         ("marina_stage_seconds_count", 2, ("decode",)),
+        ("marina_picture_megapixels_sum", 0.6144, ()),
+        ("marina_picture_megapixels_count", 2, ()),
+        ("marina_picture_brightness_sum", 0.5, ()),
+        ("marina_picture_brightness_count", 2, ()),
+        ("marina_picture_detections_sum", 2, ()),
+        ("marina_picture_detections_count", 2, ()),
         ("marina_score_sum", 1.25, ()),
         ("marina_score_count", 2, ()),
     ]

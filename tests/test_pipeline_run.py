@@ -17,9 +17,10 @@ import yaml
 
 from tools.archive.recipe import load_recipe
 from tools.errors import ToolError
+from tools.evaluate.evaluation import RESULT
 from tools.pipeline import parameters as schema
 from tools.pipeline import steps
-from tools.pipeline.gate import check_gate
+from tools.pipeline.gate import check_gate, check_live
 from tools.pipeline.parameters import Parameters, as_text, from_environment, read_parameters, variable
 from tools.pipeline.recipe import change_recipe
 from tools.pipeline.run import run_pipeline
@@ -192,7 +193,7 @@ def test_what_stands_in_a_parameter_is_never_run(tmp_path: Path, step: steps.Ste
     assert not (tmp_path / "pwned").exists()
     assert done.returncode == (1 if step.name == "wait-for-gpu" else 0), done.stderr  # which has to count
     arguments = (tmp_path / "arguments").read_text().splitlines() if (tmp_path / "arguments").exists() else []
-    whole = {"fetch": 4, "train": 8, "gate": 1, "deploy": 4, "export": 1, "prepare": 2}
+    whole = {"fetch": 5, "train": 8, "gate": 2, "deploy": 4, "export": 1, "prepare": 2}
     assert arguments.count(HOSTILE) == whole.get(step.name, 0)
 
 
@@ -222,7 +223,7 @@ def test_a_volume_that_served_another_run_gives_nothing_to_this_one(tmp_path: Pa
 @pytest.mark.parametrize("code", [0, 1])
 def test_the_gate_ends_the_pipeline_and_is_kept_for_the_summary(tmp_path: Path, code: int) -> None:
     fake(tmp_path / "bin", "marina", f"echo what it says >&2; exit {code}")
-    done = run_script("gate", tmp_path, MARINA_REQUIRE="map50=0.8")
+    done = run_script("gate", tmp_path, MARINA_REQUIRE="map50=0.8", MARINA_LIVE="")
     assert (done.returncode, done.stdout) == (code, "what it says\n")
     assert (tmp_path / "gate.txt").read_text() == "what it says\n"
 
@@ -306,6 +307,44 @@ def test_the_gate(tmp_path: Path) -> None:
     ):
         with pytest.raises(ToolError, match=says):
             check_gate(tmp_path / "run", evaluation, require)
+
+
+def test_a_model_that_is_worse_than_the_live_one_is_stopped(tmp_path: Path) -> None:
+    """On the classes that the live one finds: what is new to it does not make up for them."""
+
+    def write(name: str, digest: str = "a", **found: float | None) -> Path:
+        per_class = [{"name": label, "ap50": value} for label, value in found.items()]
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / RESULT).write_text(json.dumps({"data": {"digest": digest}, "per_class": per_class}))
+        return tmp_path / name
+
+    live = write("live", cat=0.8, dog=0.6, moon=0.0, sun=None)
+    assert check_live(write("new", cat=0.79, dog=0.58, moon=0.9, sun=None), live, 0.02) == (
+        "mAP50 of cat, dog is 0.685, 0.7 with the model that serves now"
+    )
+    for found in ({"cat": 0.9, "dog": 0.4}, {"cat": None, "dog": 0.9}):
+        with pytest.raises(ToolError, match=r"the gate is not passed: mAP50 of cat, dog is .* it may be 0\.02 lower"):
+            check_live(write("new", **found, moon=1.0, sun=1.0), live, 0.02)
+    with pytest.raises(ToolError, match="not of the same pictures"):
+        check_live(write("new", "b", cat=0.9, dog=0.9, moon=0.9, sun=0.9), live, 0.02)
+    with pytest.raises(ToolError, match="holds no evaluation"):
+        check_live(live, tmp_path, 0.02)
+    assert "finds nothing" in check_live(write("new", cat=0.1), write("live", cat=0.0), 0.0)
+
+
+def test_the_live_model_is_the_beginning_and_the_measure(tmp_path: Path) -> None:
+    fake(tmp_path / "bin", "marina", """echo "$@" >> calls""")
+    for name in ("fetch", "train", "evaluate", "gate"):
+        (step,) = (step for step in STEPS if step.name == name)
+        given = step.environment(parameters(live="cells@production", live_drop="0.1"))
+        (tmp_path / "device").write_text("cpu")
+        assert run_script(name, tmp_path, **given).returncode == 0
+    called = (tmp_path / "calls").read_text().splitlines()
+    assert "store pull cells@production --kind runs --output live" in called
+    assert any(line.startswith("train ") and line.count("--weights live/best.safetensors") == 1 for line in called)
+    assert "evaluate live --data data --output live-evaluation" in called
+    gate = "pipeline gate run --evaluation evaluation --require map50=0.5 --live live-evaluation --live-drop 0.1"
+    assert (tmp_path / "gate.txt").exists() and gate in called + (tmp_path / "gate.txt").read_text().splitlines()
 
 
 def test_version_and_engine_go_into_the_recipe(tmp_path: Path, repository: Path) -> None:

@@ -116,8 +116,9 @@ def test_group_is_ended_with_all_its_processes(tmp_path: Path) -> None:
 def test_child_ends_when_we_are_killed(tmp_path: Path, repository: Path) -> None:
     code = (
         "import os, pathlib, signal; from tools.serve import process;"
-        "child = process.start(['sleep', '60'], pathlib.Path.cwd()); print(child.pid, flush=True);"
-        "os.kill(os.getpid(), signal.SIGKILL)"
+        "child = process.start(['sh', '-c', 'echo; exec sleep 60'], pathlib.Path.cwd()); print(child.pid, flush=True);"
+        # It has become the command.
+        "child.stdout.readline(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = os.environ | {"PYTHONPATH": str(repository)}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path, env=environment, check=False)

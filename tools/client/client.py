@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from tools.client.answer import Answer
-from tools.client.errors import ServerRefused
+from tools.client.errors import ServerRefused, ServerUnavailable
 from tools.client.retry import attempt
 from tools.client.sources import Given, Shot, Shots, Unreadable, find_sources, one_shot
-from tools.client.transports import Transport, read_authority
+from tools.client.transports import WRONG_KEY, Transport, read_authority, read_token
 from tools.errors import ToolError
 
 Protocol = Literal["rest", "grpc", "kserve"]
@@ -53,7 +53,8 @@ class AsyncClient:
 
     url: http(s)://HOST:PORT for rest and for kserve, grpc(s)://HOST:PORT for grpc and for kserve over gRPC. timeout:
     seconds for an answer, all attempts included. retries: further attempts at a server that is busy or cannot be
-    reached. concurrency: requests under way at most. options: those of every request, such as
+    reached. token: or the file that holds it, which is read anew when the server refuses it: a TorchServe that was
+    started again has another one. concurrency: requests under way at most. options: those of every request, such as
     {"score_threshold": 0.4, "classes": "dog,cat"}. ca: the file of a private authority that signed the server's
     certificate.
     """
@@ -65,7 +66,7 @@ class AsyncClient:
         *,
         version: str | None = None,
         protocol: Protocol = "rest",
-        token: str | None = None,
+        token: str | Path | None = None,
         timeout: float = TIMEOUT_S,
         retries: int = RETRIES,
         concurrency: int = CONCURRENCY,
@@ -85,7 +86,9 @@ class AsyncClient:
         if ca is not None and not url.startswith(("https://", "grpcs://")):
             raise ToolError(f"--ca goes with https:// or grpcs://, but the server is {url}")
         authority = read_authority(ca) if ca is not None else None
-        self._transport = _transport(protocol, url, model, version, token, authority, concurrency)
+        self._token_file = token if isinstance(token, Path) else None
+        known = read_token(token) if isinstance(token, Path) else token
+        self._transport = _transport(protocol, url, model, version, known, authority, concurrency)
 
     async def __aenter__(self) -> Self:
         return self
@@ -164,8 +167,16 @@ class AsyncClient:
             return Asked(shot, body, shot.failed(str(error)))
 
     async def _ask(self, shot: Shot, body: bytes) -> Answer:
-        answer = await attempt(lambda: self._transport.predict(body, self._options), self._retries, self._timeout)
-        return shot.told(answer)
+        return shot.told(await attempt(lambda: self._predict(body), self._retries, self._timeout))
+
+    async def _predict(self, body: bytes) -> Answer:
+        try:
+            return await self._transport.predict(body, self._options)
+        except ServerRefused as error:
+            if self._token_file is None or error.kind != WRONG_KEY:
+                raise
+            self._transport.use_token(read_token(self._token_file))
+            raise ServerUnavailable(str(error)) from error
 
 
 class Client:

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             settings.model,
             version=settings.model_version,
             protocol=settings.protocol,
-            token=_token(settings.token_file),
+            token=settings.token_file,
             timeout=settings.timeout,
             retries=settings.retries,
             concurrency=settings.concurrency,
@@ -89,15 +89,6 @@ def run(args: argparse.Namespace) -> int:
         Progress("predict", total, "pictures") as progress,
     ):
         return Run(settings, progress).through(client.ask(Shots(sources, settings.vid_stride)))
-
-
-def _token(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ToolError(f"--token-file {path} cannot be read ({error})") from error
 
 
 def _options(settings: PredictSettings) -> dict[str, Any]:

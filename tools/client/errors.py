@@ -38,7 +38,7 @@ class ServerRefused(ServerError):
 
 
 class ServerUnavailable(ServerError):
-    """The server could not be asked, or is busy: nothing was done, so that asking again is safe.
+    """The server could not be asked, is busy, or broke off. A prediction changes nothing, so that asking again is safe.
 
     retry_after: seconds to wait as the server wishes, None where it says nothing.
     """
@@ -49,4 +49,4 @@ class ServerUnavailable(ServerError):
 
 
 class ServerFailed(ServerError):
-    """The request was sent, and nothing sensible came of it: connection lost, no answer in time, or one of no sense."""
+    """The request was sent, and nothing sensible came of it: no answer in time, or one of no sense."""

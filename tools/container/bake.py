@@ -9,7 +9,7 @@ from tools.serve.store import Served, find_archives
 SERVING_IMAGE = "marina/serve"
 DOCKERFILE = """ARG BASE
 FROM ${BASE}
-COPY --chmod=0444 *.mar /models/
+COPY --chmod=0444 *.mar *.mar.sig.json *.mar.cdx.json /models/
 """
 
 

@@ -38,8 +38,13 @@ class Calibration:
 
     def document(self) -> dict[str, Any]:
         """What the provenance says of the pictures that int8 was fitted to."""
-        digest = hashlib.sha256("".join(map(sha256_of, self.fitted)).encode()).hexdigest()
-        return {"fitted_to": {"pictures": len(self.fitted), "sha256": digest}}
+        return {"fitted_to": digest_of(self.fitted)}
+
+
+def digest_of(pictures: Sequence[Path]) -> dict[str, Any]:
+    """Which ones, for the provenance."""
+    digest = hashlib.sha256("".join(map(sha256_of, pictures)).encode()).hexdigest()
+    return {"pictures": len(pictures), "sha256": digest}
 
 
 def read_calibration(folder: Path | None, runtime: Runtime) -> Calibration:

@@ -6,15 +6,15 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from tools.gateway import detect, docs, health, jobs, page, uploads
+from tools.gateway import detect, docs, health, jobs, label_studio, page, shadow, uploads
 from tools.gateway.auth import authenticator
-from tools.gateway.backend import Backend
 from tools.gateway.errors import handle_errors
 from tools.gateway.kserve import grpc, rest
 from tools.gateway.limits import Door, Rates
 from tools.gateway.metrics import Figures, Measured
 from tools.gateway.services import Services
 from tools.gateway.settings import Settings
+from tools.gateway.shadowing import ShadowedBackend
 from tools.gateway.storage import Storage
 
 GRPC_GRACE_S = 5
@@ -26,17 +26,20 @@ ROUTERS: list[Callable[[Services], APIRouter]] = [
     page.router,
     docs.router,
     rest.router,
+    label_studio.router,
+    shadow.router,
 ]
 
 
 def create_app(settings: Settings) -> FastAPI:
     """Raises ToolError when storage or keys cannot be used."""
+    figures = Figures()
     services = Services(
         settings,
-        Backend(settings.backends),
+        ShadowedBackend(settings, figures),
         Storage(settings.storage),
         authenticator(settings),
-        Figures(),
+        figures,
         Rates(settings.limits.requests_per_second),
     )
 

@@ -30,6 +30,8 @@ DESCRIBE_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 2.0
 JSON = "application/json"
+# TorchServe's word for a worker that ended under a request, with 500 or 507.
+WORKER_DIED = b"Worker died."
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
@@ -61,23 +63,25 @@ class BackendAnswer(NamedTuple):
     body: bytes
 
 
-class _Down(Exception):
+class Down(Exception):
     """A replica gives no answer; the text says why, for the log. told: what callers may know of it."""
 
     told = "does not answer"
 
 
-class _NoToken(_Down):
+class NoToken(Down):
     """It cannot be asked: the gateway has no token, or one that is not taken."""
 
     told = "cannot be asked: the gateway's token is not accepted"
 
 
-class _Late(_Down):
+class Late(Down):
     """Or not in time: it may only be busy."""
 
 
-class _Replica:
+class Replica:
+    """A model on one TorchServe."""
+
     def __init__(self, server: Server, name: str, client: aiohttp.ClientSession):
         self.name = name
         self.up = False
@@ -88,7 +92,7 @@ class _Replica:
         self._server = server
         self._client = client
         self._url = f"{server.url}/predictions/{quote(name, safe='')}"
-        self.told = _Down.told
+        self.told = Down.told
         self._authorization = ""
         self._reason = ""
 
@@ -96,19 +100,19 @@ class _Replica:
         return f"{self.name} on {self._server.url}"
 
     def read_token(self) -> None:
-        """Anew each time: a TorchServe that was started again has another token. Raises _NoToken."""
+        """Anew each time: a TorchServe that was started again has another token. Raises NoToken."""
         if self._server.token_file is None:
             return
         try:
             token = self._server.token_file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise _NoToken(f"token file {self._server.token_file} cannot be read ({error})") from error
+            raise NoToken(f"token file {self._server.token_file} cannot be read ({error})") from error
         if not token.isprintable():
-            raise _NoToken(f"token file {self._server.token_file} holds more than a token")
+            raise NoToken(f"token file {self._server.token_file} holds more than a token")
         self._authorization = f"Bearer {token}"
 
     async def ask(self, version: str | None, body: bytes, headers: Mapping[str, str], timeout: float) -> BackendAnswer:
-        """Raises _Down when there is no answer, _NoToken when the token is refused."""
+        """Raises Down when there is no answer, NoToken when the token is refused."""
         sent = {"Authorization": self._authorization, **headers} if self._authorization else headers
         url = URL(self._url if version is None else f"{self._url}/{version}", encoded=True)
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT_S)
@@ -117,27 +121,27 @@ class _Replica:
             async with self._client.post(url, data=body, headers=sent, timeout=limit) as answer:
                 content = await answer.read()
         except aiohttp.ClientError as error:
-            raise _Down(f"{type(error).__name__} {error}") from error
+            raise Down(f"{type(error).__name__} {error}") from error
         except TimeoutError as error:
-            raise _Late(f"no answer within {timeout:g} s") from error
+            raise Late(f"no answer within {timeout:g} s") from error
         finally:
             self.under_way -= 1
         # TorchServe has no 401.
         if answer.status == 400 and b"InvalidKeyException" in content:
-            raise _NoToken("it refuses the token")
+            raise NoToken("it refuses the token")
         return BackendAnswer(answer.status, answer.headers.get("Content-Type", JSON), content)
 
     async def describe(self, version: str | None = None) -> Model:
-        """Raises _Down, also for a server that answers without a model behind it, and GatewayError 404 UnknownModel."""
+        """Raises Down, also for a server that answers without a model behind it, and GatewayError 404 UnknownModel."""
         answer = await self.ask(version, b"", {"describe": "True"}, DESCRIBE_TIMEOUT_S)
         if answer.status == 404 and version is not None:
             raise unknown_version(self.name, version)
         if answer.status != 200:
-            raise _Down(f"it answers {answer.status} {answer.body[:200]!r}")
+            raise Down(f"it answers {answer.status} {answer.body[:200]!r}")
         try:
             return Model.model_validate(json.loads(answer.body) | {"healthy": True})
         except (ValueError, TypeError) as error:
-            raise _Down("it is no model of Marina: it does not describe itself") from error
+            raise Down("it is no model of Marina: it does not describe itself") from error
 
     async def refresh(self) -> None:
         """Ask what the model is, and so whether it is up."""
@@ -147,7 +151,7 @@ class _Replica:
             if not self.up:
                 logger.info("%s is up, version %s", self, self.model.version)
             self.up, self._reason = True, ""
-        except _Down as error:
+        except Down as error:
             self.doubt(error)
 
     async def answers(self, picture: bytes) -> bool:
@@ -156,19 +160,19 @@ class _Replica:
             return False
         try:
             answer = await self.ask(None, picture, {"Content-Type": "image/jpeg"}, PROBE_TIMEOUT_S)
-        except _Down as error:
+        except Down as error:
             self.doubt(error)
             return False
         return answer.status == 200
 
-    def doubt(self, error: _Down) -> None:
+    def doubt(self, error: Down) -> None:
         """Of a question beside the predictions: one that is only late stays in use."""
-        if self.up and isinstance(error, _Late):
+        if self.up and isinstance(error, Late):
             self.model = self.model.model_copy(update={"healthy": False})
         else:
             self.fail(error)
 
-    def fail(self, error: _Down) -> None:
+    def fail(self, error: Down) -> None:
         if str(error) != self._reason:
             logger.warning("%s is down: %s", self, error)
             self._reason = str(error)
@@ -191,22 +195,17 @@ class Backend:
 
     def __init__(self, servers: list[Server]):
         self._servers = servers
-        self._replicas: dict[str, list[_Replica]] = defaultdict(list)
+        self._replicas: dict[str, list[Replica]] = defaultdict(list)
         self._clients: list[aiohttp.ClientSession] = []
         self._watches: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Return when every replica was asked once; those that are down are asked again in the background."""
         for server in self._servers:
-            # Concurrency is limited at the gateway's own door. aiohttp takes a quarter of httpx's processor time.
-            client = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),
-            )
+            client = new_client()
             self._clients.append(client)
             for name in server.models:
-                self._replicas[name].append(_Replica(server, name, client))
+                self._replicas[name].append(Replica(server, name, client))
         replicas = self._all()
         await asyncio.gather(*(replica.refresh() for replica in replicas))
         self._watches = [asyncio.create_task(replica.watch()) for replica in replicas]
@@ -220,7 +219,7 @@ class Backend:
         for client in self._clients:
             await client.close()
 
-    def _all(self) -> list[_Replica]:
+    def _all(self) -> list[Replica]:
         return [replica for replicas in self._replicas.values() for replica in replicas]
 
     async def models(self) -> list[Model]:
@@ -237,7 +236,7 @@ class Backend:
         replica = self._pick(name, version)
         try:
             return await replica.describe(version)
-        except _Down as error:
+        except Down as error:
             replica.doubt(error)
             raise backend_down(name, error.told) from error
 
@@ -246,19 +245,23 @@ class Backend:
     ) -> BackendAnswer:
         """One request to `/predictions`, and its answer, whatever its status.
 
-        headers: `Marina-...` options. Raises GatewayError: 404 UnknownModel, 503 BackendDown or Overloaded, 400
-        InvalidOption for a header that cannot be sent.
+        headers: `Marina-...` options. Raises GatewayError: 404 UnknownModel, 503 BackendDown, WorkerDied or
+        Overloaded, 400 InvalidOption for a header that cannot be sent.
         """
         replica = self._pick(model, version)
         sent = {"Content-Type": content_type, **headers}
-        _check(sent, replica.model.labels)
+        check_headers(sent, replica.model.labels)
         try:
             answer = await replica.ask(version, body, sent, replica.timeout_s)
-        except _Down as error:
+        except Down as error:
             replica.fail(error)
             raise backend_down(model, error.told) from error
         if answer.status == 404:
             raise unknown_version(model, version)
+        if answer.status >= 500 and WORKER_DIED in answer.body:
+            raise GatewayError(
+                503, "WorkerDied", f"the worker of model {model!r} died; another is started by itself", RETRY_AFTER_S
+            )
         if answer.status == 503:
             raise GatewayError(503, "Overloaded", f"model {model!r} takes no more requests now", RETRY_AFTER_S)
         return answer
@@ -283,7 +286,7 @@ class Backend:
             raise GatewayError(400, "InvalidOption", f"say which model: {', '.join(sorted(self._replicas))}")
         return next(iter(self._replicas)) if name is None else name
 
-    def _pick(self, name: str, version: str | None) -> _Replica:
+    def _pick(self, name: str, version: str | None) -> Replica:
         replicas = self._replicas.get(name)
         if not replicas:
             raise GatewayError(
@@ -307,8 +310,19 @@ def backend_down(name: str, told: str) -> GatewayError:
     )
 
 
-def _check(headers: dict[str, str], labels: list[str]) -> None:
-    """TorchServe reads headers as Latin-1, so that classes with other letters go by their indices."""
+def new_client() -> aiohttp.ClientSession:
+    # Concurrency is limited at the gateway's own door. aiohttp takes a quarter of httpx's processor time.
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),
+    )
+
+
+def check_headers(headers: dict[str, str], labels: list[str]) -> None:
+    """Make them fit to be sent to a model of these labels. Raises GatewayError 400.
+
+    TorchServe reads headers as Latin-1, so that classes with other letters go by their indices."""
     for name, value in headers.items():
         if name.lower() == "marina-classes" and not value.isascii():
             parts = [part.strip() for part in value.split(",")]

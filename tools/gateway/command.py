@@ -140,6 +140,12 @@ def _beside(settings: Settings, args: argparse.Namespace) -> dict[str, Any]:
             server.model_copy(update={"token_file": server.token_file and folder / server.token_file})
             for server in settings.backends
         ]
+    changed["shadows"] = [
+        shadow.model_copy(update={"token_file": shadow.token_file and folder / shadow.token_file})
+        for shadow in settings.shadows
+    ]
+    if "shadow_folder" in settings.model_fields_set:
+        changed["shadow_folder"] = folder / settings.shadow_folder
     if "folder" in settings.video.model_fields_set:
         changed["video"] = settings.video.model_copy(update={"folder": folder / settings.video.folder})
     if "storage" in settings.model_fields_set and not hasattr(args, "storage") and "://" not in settings.storage:

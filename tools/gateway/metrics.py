@@ -1,9 +1,14 @@
 """Requests counted and timed, for Prometheus."""
 
 import time
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tools.shadow.matching import Counts
+
+NOTHING: Mapping[str, Counts] = {}
 
 
 class Figures:
@@ -22,6 +27,26 @@ class Figures:
         )
         self.under_way = Gauge("marina_gateway_under_way", "Requests under way", registry=self.registry)
         self.up = Gauge("marina_gateway_model_up", "1 for a model that answers", ["model"], registry=self.registry)
+        self.shadow_pictures = Counter(
+            "marina_gateway_shadow_pictures",
+            "What became of pictures behind the answers; captured and not_captured ones are among the differing",
+            ["model", "outcome"],
+            registry=self.registry,
+        )
+        self.shadow_detections = Counter(
+            "marina_gateway_shadow_detections",
+            "Detections of a live model and its candidate: steady or moved where both have them, lost or gained",
+            ["model", "label", "change"],
+            registry=self.registry,
+        )
+
+    def add_shadow(self, model: str, outcome: str, counts: Mapping[str, Counts] = NOTHING) -> None:
+        """A picture in the shadow of a model. counts: of each class, where it was compared."""
+        self.shadow_pictures.labels(model, outcome).inc()
+        for label, each in counts.items():
+            changes = {"steady": each.kept - each.moved, "moved": each.moved, "lost": each.lost, "gained": each.gained}
+            for change, number in changes.items():
+                self.shadow_detections.labels(model, label, change).inc(number)
 
 
 class Measured:

@@ -1,1 +1,1 @@
-"""TorchServe on a model store: started, watched and stopped by us, without its launcher."""
+"""Servers on a model store: started, watched and stopped by us. TorchServe goes without its launcher."""

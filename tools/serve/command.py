@@ -1,4 +1,4 @@
-"""`marina serve`: TorchServe on a model store, until Ctrl-C or SIGTERM."""
+"""`marina serve`: a server on a model store, until Ctrl-C or SIGTERM."""
 
 import argparse
 import ipaddress
@@ -8,10 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tools.errors import ToolError
-from tools.serve.server import GRACE_S, LOOPBACK, Interrupted, TorchServe
+from tools.serve.asgi.server import AsgiServer
+from tools.serve.base import GRACE_S, LOOPBACK, Interrupted, ModelServer
+from tools.serve.server import TorchServe
 from tools.serve.store import Served
+from tools.sign.command import add_keys, check_signatures
 
 GRPC_PORT = 7070
 
@@ -19,6 +23,14 @@ GRPC_PORT = 7070
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="the folder of .mar files")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="serve these only (default: every archive)")
+    parser.add_argument(
+        "--engine",
+        choices=("torchserve", "asgi"),
+        default="torchserve",
+        help="what serves: TorchServe, or our own server without Java, for the same archives, with the same answers;"
+        " it takes archives of Marina alone, has no gRPC and no management port, and wants the extra `gateway`"
+        " (default: %(default)s)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="0 picks a free one (default: %(default)s)")
     tokens = parser.add_mutually_exclusive_group()
@@ -58,7 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long answers under way may take at the end (default: %(default)s)",
     )
-    parser.add_argument("--verbose", action="store_true", help="show all that TorchServe and its workers print")
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start the server again, on the same ports, when it ends by itself, with growing pauses while it does not"
+        " stay up; TorchServe then makes a new token, in the same file, and refuses the old one (default: end with exit"
+        " code 1, for systemd, Docker or Kubernetes to start anew)",
+    )
+    add_keys(parser, "--require-signature", "start only if each archive is signed by one of them")
+    parser.add_argument("--verbose", action="store_true", help="show all that the server and its workers print")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,28 +90,41 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.no_auth and args.management_port is not None:
         raise ToolError("--management-port wants tokens: who reaches it can change what is served; omit --no-auth")
-    server = TorchServe(
-        args.store,
-        args.models,
-        host=args.host,
-        port=args.port,
-        auth=not args.no_auth,
-        token_file=args.token_file,
-        grpc_port=args.grpc,
-        management_port=args.management_port,
-        metrics_port=args.metrics_port,
-        grace=args.grace,
-        report=_tell,
-        verbose=args.verbose,
-    )
+    server = _server(args)
+    for line in check_signatures([served.path for served in server.archives], args.keys):
+        _tell(line)
     return serve_until_stopped(server)
 
 
-def serve_until_stopped(server: TorchServe, when_up: Callable[[TorchServe], bool] = lambda server: True) -> int:
+def _server(args: argparse.Namespace) -> ModelServer[Any]:
+    settings = {
+        "host": args.host,
+        "port": args.port,
+        "auth": not args.no_auth,
+        "token_file": args.token_file,
+        "metrics_port": args.metrics_port,
+        "grace": args.grace,
+        "supervise": args.supervise,
+        "report": _tell,
+        "verbose": args.verbose,
+    }
+    if args.engine == "torchserve":
+        ports = {"grpc_port": args.grpc, "management_port": args.management_port}
+        return TorchServe(args.store, args.models, **ports, **settings)
+    for flag, value in (("--grpc", args.grpc), ("--management-port", args.management_port)):
+        if value is not None:
+            raise ToolError(f"{flag} goes with --engine torchserve alone; leave it out, or serve with that")
+    return AsgiServer(args.store, args.models, **settings)
+
+
+S = TypeVar("S", bound=ModelServer[Any])
+
+
+def serve_until_stopped(server: S, when_up: Callable[[S], bool] = lambda server: True) -> int:
     """Start `server`, print how to ask it, serve until Ctrl-C, SIGTERM or a closed terminal; then drain and close it.
 
     when_up is called once every model answers; serving ends there and then if it returns False. Returns
-    the exit code 0; raises MarinaError when a model does not come up or the JVM dies.
+    the exit code 0; raises MarinaError when a model does not come up or the server ends by itself.
     """
     with _signals_to(server.request_stop):
         try:
@@ -117,7 +150,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _announcer(server: TorchServe) -> Callable[[Served], None]:
+def _announcer(server: ModelServer[Any]) -> Callable[[Served], None]:
     """Prints the address of each model as soon as it answers, and before the first what all of them share."""
     answering: list[Served] = []
 
@@ -130,12 +163,12 @@ def _announcer(server: TorchServe) -> Callable[[Served], None]:
     return announce
 
 
-def _access(server: TorchServe) -> str:
+def _access(server: ModelServer[Any]) -> str:
     lines = [f"token  {server.token_file}" if server.token_file else "token  none needed (--no-auth)"]
     lines.append(f"log  {server.log_file}")
-    if server.grpc_port is not None:
+    if isinstance(server, TorchServe) and server.grpc_port is not None:
         lines.append(f"gRPC  {server.host}:{server.grpc_port}")
-    if server.management_port is not None:
+    if isinstance(server, TorchServe) and server.management_port is not None:
         lines.append(f"deploy  {deploy_line(server)}")
     if server.metrics_port is not None:
         lines.append(f"metrics  http://{LOOPBACK}:{server.metrics_port}/metrics")
@@ -149,7 +182,7 @@ def deploy_line(server: TorchServe) -> str:
     return f"marina store deploy NAME@TAG {shlex.join(words)}"
 
 
-def curl_line(server: TorchServe, served: Served) -> str:
+def curl_line(server: ModelServer[Any], served: Served) -> str:
     """A shell command that posts the picture of `served`."""
     words = ["curl"]
     if server.token_file:

@@ -1,7 +1,6 @@
 """The JVM as a child process: where it lives, how it is started, how it ends together with us."""
 
 import contextlib
-import ctypes
 import errno
 import importlib.util
 import os
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from handlers.settings import ANSWER_VARIABLE
@@ -22,7 +20,15 @@ from tools.serve.java import Java
 # sockaddr_un.sun_path is 108 bytes on Linux, 104 on macOS, with the final NUL.
 _LONGEST_SOCKET_PATH = 103
 _LONGEST_FOLDER = _LONGEST_SOCKET_PATH - len(os.path.join("", "tmp", ".ts.sock.90000")) - 1
-_PR_SET_PDEATHSIG = 1
+# Becomes the command that follows our process id. The signal is asked for in here, and not between fork and exec: what
+# runs there runs the fork handlers of libraries too, of which gRPC's now and then abort the child.
+_LAUNCHER = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 # What TorchServe's limit counts beside the answers themselves, for a whole batch.
 _ANSWER_ENVELOPE = 1 << 16
 
@@ -118,7 +124,7 @@ def start(command: list[str], folder: Path, answer_bytes: int | None = None) -> 
     ended at once. On Linux it gets SIGTERM when the thread that started it ends, however it ends.
     """
     return subprocess.Popen(
-        command,
+        _dying_with_us(command),
         cwd=folder,
         env=environment(folder, answer_bytes),
         stdin=subprocess.DEVNULL,
@@ -127,23 +133,13 @@ def start(command: list[str], folder: Path, answer_bytes: int | None = None) -> 
         text=True,
         errors="replace",
         process_group=0,
-        preexec_fn=_die_with_parent(),
     )
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def _dying_with_us(command: list[str]) -> list[str]:
     if sys.platform != "linux":
-        return None
-    # Looked up before the fork: afterwards only async-signal-safe work is sure to succeed.
-    prctl = ctypes.CDLL(None).prctl
-    parent = os.getpid()
-
-    def ask_for_signal() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return ask_for_signal
+        return command
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:

@@ -23,9 +23,10 @@ from typing import Any
 
 import httpx
 
+from tools.archive.companions import remove_with_companions
 from tools.archive.reader import open_archive
 from tools.errors import ToolError
-from tools.serve.server import WORKER_IMPORT_S
+from tools.serve.base import WORKER_IMPORT_S
 from tools.serve.store import Served, find_archives
 
 TIMEOUT_S = 30
@@ -134,7 +135,7 @@ def _remove(model: "_Model", old: dict[str, Any], store_dir: Path, report: Repor
     file = store_dir / Path(old["modelUrl"]).name
     with suppress(FileNotFoundError):
         if OURS.fullmatch(file.name):
-            file.unlink()
+            remove_with_companions(file)
         else:
             file.rename(file.with_name(file.name + REPLACED))
     report(f"{model.served.name} {version}: drained and removed")

@@ -100,8 +100,15 @@ def _served(archive: Archive) -> Served:
                 "belongs, as it becomes a part of URLs; rebuild the archive"
             )
     settings = archive.settings or {}
-    golden = settings.get("golden") or []
-    image_name = golden[0]["image"] if golden else "gradient.jpg"
+    try:
+        golden, limits = settings.get("golden") or [], settings.get("limits") or {}
+        image_name = str(golden[0]["image"]) if golden else "gradient.jpg"
+        max_bytes = int(limits["max_bytes"]) if "max_bytes" in limits else None
+    except (LookupError, TypeError, ValueError) as error:
+        raise BadArchive(
+            f"{archive.path}: golden or limits in its model-config.yaml are not as a build writes them"
+            f" ({error!r}); rebuild the archive"
+        ) from error
     return Served(
         path=archive.path.absolute(),
         name=archive.name,
@@ -109,7 +116,7 @@ def _served(archive: Archive) -> Served:
         image=archive.read(image_name) if golden else gradient_jpeg(),
         image_name=Path(image_name).name,
         is_golden=bool(golden),
-        max_bytes=(settings.get("limits") or {}).get("max_bytes"),
+        max_bytes=max_bytes,
         batch_delay=_number(archive, "maxBatchDelay", BATCH_DELAY_MS) / 1000,
         response_timeout=_number(archive, "responseTimeout", TIMEOUT_S),
         startup_timeout=_number(archive, "startupTimeout", TIMEOUT_S),

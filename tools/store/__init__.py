@@ -4,6 +4,7 @@
     pushes/<id>.json                          a push under way: the manifest that it is about to write
     manifests/<kind>/<name>/<id>.json         a push that is done: there from one moment to the next, or not at all
     tags/<kind>/<name>/<tag>/<number>.json    every move of a tag; the highest number is the truth
+    keys/<id>.json                            a public key; an archive must be signed by one of them to be production
     condemned/<id>.json                       the blobs that a `gc` under way is about to remove
 
     push     marker -> blobs, each checked by the server -> manifest -> marker removed

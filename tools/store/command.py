@@ -1,4 +1,4 @@
-"""marina store push | list | show | pull | tag | promote | rollback | history | deploy | gc"""
+"""marina store push | list | show | pull | tag | promote | rollback | history | trust | distrust | deploy | gc"""
 
 import argparse
 import json
@@ -75,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     history = _with_name(action("history", "who moved the tags, when, to what and why"))
     history.add_argument("tag", nargs="?", choices=TAGS, help="this one only")
 
+    trust = action("trust", "have nothing become production that is not signed by one of these keys; list them")
+    trust.add_argument("public_keys", nargs="*", type=Path, metavar="KEY", help="a public key, or a folder of *.pem")
+
+    distrust = action("distrust", "take a key away; without any, nothing has to be signed")
+    distrust.add_argument("key", metavar="ID", help="as `trust` lists it")
+
     deploy = action("deploy", "bring an archive onto a running TorchServe, without losing a request")
     deploy.add_argument("target", help=TARGET)
     deploy.set_defaults(kind="archives")
@@ -121,14 +127,19 @@ def run(args: argparse.Namespace) -> int:
         "promote": _promote,
         "rollback": _rollback,
         "history": _history,
+        "trust": _trust,
+        "distrust": _distrust,
         "deploy": _deploy,
         "gc": _gc,
     }[args.action](Store(url), args)
 
 
 def _check(store: "Store", args: argparse.Namespace) -> int:
+    from tools.store.store import MANIFESTS
+
     store.check()
-    print(f"{store.url}: can be written to, and keeps tags")
+    news = "" if store.objects.names(MANIFESTS) else "; nothing was pushed to it yet"
+    print(f"{store.url}: can be written to, and keeps tags{news}")
     return 0
 
 
@@ -194,11 +205,32 @@ def _moved(tag: str, move: "Move") -> int:
 def _history(store: "Store", args: argparse.Namespace) -> int:
     check_name(args.name, NAME_HINT)
     tags = store.tags(args.kind, args.name)
-    for tag in [args.tag] if args.tag else TAGS:
-        for move in tags.history(tag):
-            print(
-                f"{tag:10}  {move.number:4}  {move.when}  {move.action:8}  {move.id}  {move.who}  {move.why}".rstrip()
-            )
+    moves = [(tag, move) for tag in ([args.tag] if args.tag else TAGS) for move in tags.history(tag)]
+    if not moves:
+        raise ToolError(f"{args.kind} {args.name} has no tag; `marina store list {args.name}` shows what was pushed")
+    for tag, move in moves:
+        print(f"{tag:10}  {move.number:4}  {move.when}  {move.action:8}  {move.id}  {move.who}  {move.why}".rstrip())
+    return 0
+
+
+def _trust(store: "Store", args: argparse.Namespace) -> int:
+    from tools.store.trust import trust, trusted
+
+    if args.public_keys:
+        trust(store, args.public_keys)
+    records = trusted(store)
+    for record in records:
+        print(f"{record.id}  {record.when}  {record.who}")
+    if not records:
+        print("no key: nothing has to be signed")
+    return 0
+
+
+def _distrust(store: "Store", args: argparse.Namespace) -> int:
+    from tools.store.trust import distrust, trusted
+
+    distrust(store, args.key)
+    print(f"key {args.key} is not trusted any more; {len(trusted(store))} left")
     return 0
 
 

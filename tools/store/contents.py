@@ -6,11 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.archive.companions import companions
 from tools.archive.reader import PROVENANCE, open_archive
+from tools.archive.sbom import check_sbom
 from tools.archive.verify import check_entries
 from tools.data.dataset import INFO, read_dataset
 from tools.errors import ToolError
 from tools.progress import Progress
+from tools.sign.statement import check_subject
 from tools.store.manifest import Kind, StoredFile, check_name
 from tools.store.objects import LocalFile, look_at
 from tools.train.config import CONFIG
@@ -66,6 +69,7 @@ def _kind(path: Path) -> Kind:
 
 
 def _archive(path: Path, name: str | None) -> Contents:
+    """The archive comes first, behind it what lies beside it."""
     with open_archive(path) as archive:
         if name is not None:
             raise ToolError(f"--name: {path} has its name inside, {archive.name!r}; set another in its recipe")
@@ -73,13 +77,16 @@ def _archive(path: Path, name: str | None) -> Contents:
         provenance = archive.provenance or {}
         if archive.settings is not None:
             check_entries(path)
+        files = _look({each.name: each for each in (path, *companions(path))})
+        check_subject(path, files[0][0].sha256)
+        check_sbom(path, files[0][0].sha256)
         built_by = provenance.get("marina")
         return Contents(
             "archives",
             check_name(archive.name, hint),
             check_name(archive.version, hint),
             False,
-            _look({path.name: path}),
+            files,
             hashlib.sha256(archive.read(PROVENANCE)).hexdigest() if archive.provenance else None,
             str(built_by.get("version")) if isinstance(built_by, dict) else None,
         )

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from tools.archive.companions import remove_with_companions
 from tools.errors import ToolError
 from tools.serve.rollout import Address, Report, alone, file_name, roll_out
 from tools.store.manifest import Manifest
 from tools.store.promote import check
 from tools.store.store import Store
 from tools.store.transfer import is_there
+from tools.store.trust import check_signature
 
 
 def deploy(store: Store, manifest: Manifest, address: Address, store_dir: Path, report: Report) -> None:
@@ -17,7 +19,7 @@ def deploy(store: Store, manifest: Manifest, address: Address, store_dir: Path, 
     """
     if manifest.kind != "archives":
         raise ToolError(f"{manifest} is no archive; `marina archive build` makes one")
-    (file,) = manifest.files
+    file = manifest.files[0]
     with alone(store_dir):
         name = file_name(manifest.name, manifest.version or "", file.sha256)
         # It may lie there already under another name, and be served from it.
@@ -25,6 +27,7 @@ def deploy(store: Store, manifest: Manifest, address: Address, store_dir: Path, 
         was_there = path.exists()
         try:
             check(store, manifest, path)
+            check_signature(store, path)
             if not roll_out(address, path, report):
                 if not was_there:
                     raise ToolError(
@@ -34,5 +37,5 @@ def deploy(store: Store, manifest: Manifest, address: Address, store_dir: Path, 
                 report(f"{manifest.name} {manifest.version} is served already")
         except BaseException:
             if not was_there:
-                path.unlink(missing_ok=True)
+                remove_with_companions(path)
             raise

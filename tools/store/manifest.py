@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tools.errors import ToolError
 from tools.strict import Strict, parse
@@ -78,7 +78,8 @@ class Evidence(Strict):
 
 
 class Manifest(Strict):
-    """folder: whether a folder was pushed rather than one file. provenance: sha256 of an archive's provenance, None
+    """folder: whether a folder was pushed rather than one file, which an archive's signature and bill of materials may
+    follow, under its name with another ending. provenance: sha256 of an archive's provenance, None
     where it has none. marina: the version that built the archive. who: user@host of the push."""
 
     format: int
@@ -102,6 +103,13 @@ class Manifest(Strict):
         if not files or len(paths) != len(files) or paths & parents:
             raise ValueError("no files, or one path twice")
         return files
+
+    @model_validator(mode="after")
+    def _one_file_and_what_lies_beside_it(self) -> "Manifest":
+        main = self.files[0].path
+        if not self.folder and any("/" in file.path or not file.path.startswith(main) for file in self.files):
+            raise ValueError("files that do not belong together")
+        return self
 
     @property
     def key(self) -> str:

@@ -13,13 +13,14 @@ from tools.store.manifest import GATED, Manifest
 from tools.store.store import Store, parallel
 from tools.store.tags import Move, Tag
 from tools.store.transfer import verify
+from tools.store.trust import check_signature
 
 PRODUCTION: Tag = "production"
 
 
 def promote(store: Store, manifest: Manifest, tag: Tag, why: str | None, force: str | None) -> Move:
     """Move a tag to a push that is fit for it. why: for the history, the gates by default. force: the reason why it
-    is, although no evidence says so; checksums and version are never forced.
+    is, although no evidence says so; checksums, version and signature are never forced.
 
     Raises ToolError or BadArchive with what is not right.
     """
@@ -27,7 +28,10 @@ def promote(store: Store, manifest: Manifest, tag: Tag, why: str | None, force: 
     if lacking and not force:
         raise ToolError(f"{manifest} is not promoted: {lacking}; or give a reason with --force REASON")
     with tempfile.TemporaryDirectory(prefix="marina-") as folder:
-        check(store, manifest, Path(folder) / "checked.mar")
+        path = Path(folder) / manifest.files[0].path
+        check(store, manifest, path)
+        if manifest.kind == "archives" and tag == PRODUCTION:
+            check_signature(store, path)
     if lacking:
         why = f"forced: {force} ({lacking})"
     elif why is None:

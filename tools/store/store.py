@@ -156,11 +156,14 @@ class Store:
         `output`. Returns where it is. Raises ToolError, and leaves what was there as it was."""
         if manifest.folder:
             return self._pull_folder(manifest, output)
-        (file,) = manifest.files
-        target = output / file.path if output.is_dir() else output
-        if not is_there(file, target):
-            with Progress(f"pulling {file.path}", file.size) as progress:
-                download(self.objects, file, target, progress.advance)
+        main = manifest.files[0].path
+        target = output / main if output.is_dir() else output
+        # What lies beside an archive first: whoever finds the archive finds all.
+        for file in reversed(manifest.files):
+            place = target.with_name(target.name + file.path.removeprefix(main))
+            if not is_there(file, place):
+                with Progress(f"pulling {file.path}", file.size) as progress:
+                    download(self.objects, file, place, progress.advance)
         return target
 
     def _pull_folder(self, manifest: Manifest, output: Path) -> Path:

@@ -1,6 +1,7 @@
 """The network that is trained: built, given weights to start from, partly frozen; and its losses."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torchvision.models.mobilenetv3 import InvertedResidual
 from torchvision.models.resnet import Bottleneck
 
 import model_defs
-from handlers.labels import BACKGROUND
+from handlers.labels import BACKGROUND, load_labels
 from handlers.weights import load_state
 from model_defs.contract import Detector
 from model_defs.torchvision_detector import TorchvisionDetector
@@ -19,6 +20,7 @@ from tools.train.config import TrainSettings
 from tools.train.head import carry_over, shared_classes
 from tools.train.loss import Gains, yolov5_loss
 from tools.train.pictures import Batch
+from tools.train.recipe import LABELS
 
 # Of the statistics of torchvision's batch normalisations. Its MobileNet has 0.01, with which they follow the weights a
 # hundred steps behind; a short training has none to spare.
@@ -86,7 +88,7 @@ def _load_weights(detector: Detector, settings: TrainSettings, classes: tuple[st
     note = f"weights: {settings.weights}"
     if settings.license == "unknown":
         note += " (their licence goes into the recipe with --license)"
-    labels, names = label_names(settings, classes), checkpoint.names
+    labels, names = label_names(settings, classes), checkpoint.names or _names_beside(settings.weights)
     shared = shared_classes(labels, names) if names and len(names) == given else {}
     if given is not None and (given != detector.num_classes or (shared and names != labels)):
         head = _head(detector, settings)
@@ -98,6 +100,12 @@ def _load_weights(detector: Detector, settings: TrainSettings, classes: tuple[st
         state |= head
     load_state(detector, state)
     return note
+
+
+def _names_beside(weights: Path) -> list[str] | None:
+    """Of weights that do not tell their labels, in the folder of a recipe."""
+    path = weights.with_name(LABELS)
+    return load_labels(path) if path.is_file() else None
 
 
 def _head(detector: Detector, settings: TrainSettings) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ FORMAT = "detections"
 ERROR_FIELDS = {"code", "type", "message"}
 # OpenSSL's and gRPC's word for a certificate of nobody known.
 NOT_TRUSTED = "CERTIFICATE_VERIFY_FAILED"
+# TorchServe's word for a worker that ended under a request, with 500, 507 or INTERNAL.
+WORKER_DIED = "Worker died."
 # A server that refuses a token names it so.
 WRONG_KEY = "InvalidKeyException"
 # The gateway's name for a path that it does not have, such as TorchServe's.
@@ -31,7 +33,24 @@ class Transport(Protocol):
         """Asks about one encoded picture. options: those of a request, by their names with underscores."""
         ...
 
+    def use_token(self, token: str) -> None:
+        """For the requests that follow."""
+        ...
+
     async def aclose(self) -> None: ...
+
+
+def read_token(path: Path) -> str:
+    """Raises ToolError for a file that cannot be read."""
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ToolError(f"--token-file {path} cannot be read ({error})") from error
+
+
+def bearer(token: str) -> str:
+    """The header, or gRPC's metadata, `Authorization`."""
+    return f"Bearer {token}"
 
 
 def read_authority(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.client.answer import Answer, Detection
 from tools.client.errors import TOO_LARGE, UNNAMED, ServerError, ServerFailed, ServerUnavailable
-from tools.client.transports import ERROR_FIELDS, Transport, refused, retry_after, short
+from tools.client.transports import ERROR_FIELDS, Transport, bearer, refused, retry_after, short
 
 if TYPE_CHECKING:
     import httpx
@@ -68,6 +68,9 @@ class KServeRestTransport:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise _strange(self._url, error) from error
 
+    def use_token(self, token: str) -> None:
+        self._session.headers["Authorization"] = bearer(token)
+
     async def aclose(self) -> None:
         await self._session.aclose()
 
@@ -79,7 +82,7 @@ class KServeGrpcTransport:
 
         self._url = url
         self._model, self._version = model, version or ""
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._metadata = (("authorization", bearer(token)),) if token else ()
         self._channel = open_channel(url, authority)
         self._stub = GRPCInferenceServiceStub(self._channel)
 
@@ -106,6 +109,9 @@ class KServeGrpcTransport:
             return _answer(answer.model_name, answer.model_version, columns, timing)
         except (LookupError, TypeError, ValueError, struct.error) as error:
             raise _strange(self._url, error) from error
+
+    def use_token(self, token: str) -> None:
+        self._metadata = (("authorization", bearer(token)),)
 
     async def aclose(self) -> None:
         await self._channel.close()

@@ -9,7 +9,16 @@ import httpx
 
 from tools.client.answer import Answer
 from tools.client.errors import ServerFailed, ServerUnavailable
-from tools.client.transports import FORMAT, NOT_TRUSTED, distrusted, read_answer, retry_after, short
+from tools.client.transports import (
+    FORMAT,
+    NOT_TRUSTED,
+    WORKER_DIED,
+    bearer,
+    distrusted,
+    read_answer,
+    retry_after,
+    short,
+)
 
 BUSY = (429, 503)
 EXAMPLE = "one such as http://127.0.0.1:8080"
@@ -37,6 +46,9 @@ class RestTransport:
             answer = await post(self._session, self._url, data=given, files={"data": body})
         return read_answer(answer.content, answer.status_code)
 
+    def use_token(self, token: str) -> None:
+        self._session.headers["Authorization"] = bearer(token)
+
     async def aclose(self) -> None:
         await self._session.aclose()
 
@@ -44,18 +56,19 @@ class RestTransport:
 def session(token: str | None, authority: str | None, connections: int) -> httpx.AsyncClient:
     """Without time-outs: the client has one for all attempts together. authority: certificates, PEM, None for those
     of the system."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers = {"Authorization": bearer(token)} if token else {}
     verify = ssl.create_default_context(cadata=authority) if authority else True
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     return httpx.AsyncClient(headers=headers, timeout=None, limits=limits, verify=verify)  # noqa: S113  # see the docstring
 
 
-def _lost(url: str, error: httpx.TransportError) -> ServerFailed:
-    return ServerFailed(f"{url}: the connection was lost ({error or type(error).__name__})")
+def _lost(url: str, error: httpx.TransportError) -> ServerUnavailable:
+    return ServerUnavailable(f"{url}: the connection was lost ({error or type(error).__name__})")
 
 
 async def post(session: httpx.AsyncClient, url: str, **request: Any) -> httpx.Response:
-    """The response, of any status but those of a busy server. Raises ServerUnavailable or ServerFailed.
+    """The response, of any status but those of a busy server. Raises ServerUnavailable, also for a worker that died
+    under the request, or ServerFailed.
 
     request: as `httpx.AsyncClient.post` takes it.
     """
@@ -74,7 +87,7 @@ async def post(session: httpx.AsyncClient, url: str, **request: Any) -> httpx.Re
         raise ServerFailed(f"{url} does not speak HTTP/1.1; where it is a gRPC port, say --protocol grpc") from error
     except httpx.TransportError as error:
         raise _lost(url, error) from error
-    if answer.status_code in BUSY:
+    if answer.status_code in BUSY or (answer.is_server_error and WORKER_DIED.encode() in answer.content):
         raise ServerUnavailable(
             f"{url} is busy or down ({answer.status_code}): {short(answer.content)}",
             retry_after(answer.headers.get("Retry-After")),

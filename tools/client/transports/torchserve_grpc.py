@@ -12,7 +12,7 @@ import grpc
 
 from tools.client.answer import Answer
 from tools.client.errors import TOO_LARGE, ServerError, ServerFailed, ServerUnavailable
-from tools.client.transports import FORMAT, WRONG_KEY, read_answer, refused, short
+from tools.client.transports import FORMAT, WORKER_DIED, WRONG_KEY, bearer, read_answer, refused, short
 from tools.client.transports.channel import open_channel, wrong_address
 from tools.proto.inference_pb2 import PredictionsRequest
 from tools.proto.inference_pb2_grpc import InferenceAPIsServiceStub
@@ -27,7 +27,7 @@ class TorchServeGrpcTransport:
     def __init__(self, url: str, model: str, version: str | None, token: str | None, authority: str | None):
         self._url = url
         self._model, self._version = model, version or ""
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._metadata = (("authorization", bearer(token)),) if token else ()
         self._channel = open_channel(url, authority)
         self._stub = InferenceAPIsServiceStub(self._channel)
 
@@ -44,6 +44,9 @@ class TorchServeGrpcTransport:
             raise self._reason(error, len(body)) from error
         return read_answer(answer.prediction)
 
+    def use_token(self, token: str) -> None:
+        self._metadata = (("authorization", bearer(token)),)
+
     async def aclose(self) -> None:
         await self._channel.close()
 
@@ -51,7 +54,7 @@ class TorchServeGrpcTransport:
         if wrong := wrong_address(self._url, error):
             return wrong
         code, text = error.code(), short(error.details() or "")
-        if code is grpc.StatusCode.UNAVAILABLE or NO_WORKER in text:
+        if code is grpc.StatusCode.UNAVAILABLE or NO_WORKER in text or WORKER_DIED in text:
             return ServerUnavailable(f"{self._url} is busy, down or not to be reached: {text}")
         if code is grpc.StatusCode.PERMISSION_DENIED:
             return refused(403, WRONG_KEY, text)
