@@ -1,6 +1,5 @@
 """Fixtures that every test may use."""
 
-import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,6 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
-
-# Read when grpc is imported. Its handlers now and then abort a child between fork and exec while another thread makes a
-# call: a TorchServe that a test starts, since `tools.serve.process` forks, for the signal that ends it with its parent.
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 
 # A slow machine is no fault of the code.
 settings.register_profile("marina", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,8 +108,6 @@ def test_an_interrupt_says_how_to_go_on(recipe: Recipe, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"TMPDIR": str(scratch)},
-        # Whoever starts the tests in the background has it ignored.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while not list(scratch.glob("marina-*")) and process.poll() is None:
         time.sleep(0.05)
