@@ -5,7 +5,7 @@
                                         queue_full         budget           duplicate                    stored, failed
 
 What serves looks at the answer and puts the encoded picture into the queue, or drops it where that is full. All else is
-done by a thread of its own, which takes a hundredth of a core, and may hang for ever.
+done by a thread of its own, which takes 3 thousandths of a core, and may hang for ever.
 """
 
 import logging
@@ -39,8 +39,8 @@ OFF = "off"
 QUEUE_PICTURES = 32
 QUEUE_BYTES = 64_000_000
 # The share of a core that the thread takes, and the seconds on a core that it may have at once after a pause.
-SHARE = 0.01
-AT_ONCE_S = 0.5
+SHARE = 0.003
+AT_ONCE_S = 0.1
 # So many pictures tell which classes are rare.
 RARE_AFTER = 100
 # Also what has so low a score, far below the threshold, is blurred where its class is.
