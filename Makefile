@@ -57,17 +57,17 @@ test: lint $(STOCK)/.installed $(STUDIO)/.installed ## Lint, types and every tes
 
 .PHONY: test-unit
 test-unit: $(STOCK)/.installed ## The tests that need no server of a whole session
-	$(RUN)/python -m pytest -m "not container" --ignore=tests/e2e --numprocesses=2 --dist=loadfile $(PYTEST)
+	$(RUN)/python -m pytest -m "not container and not long" --ignore=tests/e2e --numprocesses=2 --dist=loadfile $(PYTEST)
 
 # In a process of their own: the libraries of clients and browsers do not meet those of all the engines.
 .PHONY: test-e2e
 test-e2e: $(STOCK)/.installed $(STUDIO)/.installed ## The tests of real servers, clients and browsers
-	$(RUN)/python -m pytest -m "not container" tests/e2e $(PYTEST)
+	$(RUN)/python -m pytest -m "not container and not long" tests/e2e $(PYTEST)
 
 .PHONY: coverage
 coverage: $(STOCK)/.installed $(STUDIO)/.installed ## The tests once more, slower, with the lines that none of them runs
 	$(RUN)/coverage erase
-	$(RUN)/python -m pytest -m "not container" --cov --cov-report=term $(PYTEST)
+	$(RUN)/python -m pytest -m "not container and not long" --cov --cov-report=term $(PYTEST)
 
 .PHONY: compose
 compose: model-store/shapes.mar ## Gateway, TorchServe, S3, Prometheus, Grafana and Label Studio on this machine
@@ -104,6 +104,10 @@ chaos: $(VENV)/.installed ## A worker, then TorchServe, killed every 20 s under 
 .PHONY: soak
 soak: $(VENV)/.installed ## Full load: memory, descriptors, p99 of each minute; MINUTES=20, needs wrk
 	$(RUN)/python -m survive.soak --minutes $(or $(MINUTES),20)
+
+.PHONY: test-long
+test-long: $(STUDIO)/.installed ## The tests that train for many minutes
+	$(RUN)/python -m pytest -m long tests $(PYTEST)
 
 .PHONY: lock
 lock: $(VENV)/.installed ## Pin the newest versions that pyproject.toml allows
