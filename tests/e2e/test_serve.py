@@ -154,9 +154,15 @@ def test_metrics_port_tells_figures_and_nothing_else(open_up: Up) -> None:
     assert httpx.get(url.replace("/metrics", "/models")).status_code == 404
 
 
-@pytest.mark.parametrize("name", ["up", "open_up"])
-def test_smoke(name: str, request: pytest.FixtureRequest, repository: Path, tmp_path: Path) -> None:
-    server = request.getfixturevalue(name)
+def test_smoke(up: Up, repository: Path, tmp_path: Path) -> None:
+    check_smoke(up, repository, tmp_path)
+
+
+def test_smoke_without_a_token(open_up: Up, repository: Path, tmp_path: Path) -> None:
+    check_smoke(open_up, repository, tmp_path)
+
+
+def check_smoke(server: Up, repository: Path, tmp_path: Path) -> None:
     picture = tmp_path / "picture.jpg"
     picture.write_bytes(gradient_jpeg())
     token = ["--token-file", str(server.token_file)] if server.token_file else []
