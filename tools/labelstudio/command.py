@@ -32,16 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pull.add_argument("output", type=Path, help="folder of the data set, new or from an earlier pull")
 
     for action in (setup, push, pull):
-        action.add_argument(
-            "--project", default=DEFAULT_PROJECT, metavar="TITLE", help=f"in Label Studio (default {DEFAULT_PROJECT})"
-        )
-        action.add_argument("--url", help="of Label Studio (default: LABEL_STUDIO_URL in the environment)")
-        action.add_argument(
-            "--token-file",
-            type=Path,
-            metavar="FILE",
-            help="with a personal access token or a legacy one (default: LABEL_STUDIO_API_KEY in the environment)",
-        )
+        add_project(action)
+
+
+def add_project(parser: argparse.ArgumentParser) -> None:
+    """Flags that name a project, and how Label Studio is asked."""
+    parser.add_argument(
+        "--project", default=DEFAULT_PROJECT, metavar="TITLE", help=f"in Label Studio (default {DEFAULT_PROJECT})"
+    )
+    parser.add_argument("--url", help="of Label Studio (default: LABEL_STUDIO_URL in the environment)")
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="with a personal access token or a legacy one (default: LABEL_STUDIO_API_KEY in the environment)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from tools.errors import ToolError
+from tools.labelstudio.command import add_project
 
 FOLDER = Path("loops")
 
@@ -16,14 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the parameters of a pipeline, whose `dataset` is what annotations are added to; without `live` the run"
         " MODEL_NAME@production",
     )
-    parser.add_argument("--project", required=True, metavar="TITLE", help="in Label Studio")
-    parser.add_argument("--url", help="of Label Studio (default: LABEL_STUDIO_URL in the environment)")
-    parser.add_argument(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="with its token (default: LABEL_STUDIO_API_KEY in the environment)",
-    )
+    add_project(parser)
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="instead of the file's; may be given often"
     )
