@@ -145,9 +145,8 @@ def _build(
             for golden, answer in zip(settings.golden, dry.answers, strict=True):
                 if golden.detections not in digests:
                     writer.add(golden.detections, _json(_coarse(answer)))
-            provenance["verified_with"] = dry.versions
-            provenance["entries"] = {name: digests[name] for name in sorted(digests)}
-            writer.add(PROVENANCE, _json(provenance))
+            entries = {name: digests[name] for name in sorted(digests)}
+            writer.add(PROVENANCE, _json(provenance | {"verified_with": dry.versions, "entries": entries}))
         check_entries(draft, checked)
         draft.replace(output)
     return Built(output, output.stat().st_size, dry.answers, notes, beyond)
