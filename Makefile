@@ -50,7 +50,7 @@ lint: $(VENV)/.installed ## Style and types
 # Servers and trainings share the cores with the tests that wait for them: threads that wait should sleep.
 test-unit test-e2e coverage: export OMP_WAIT_POLICY := passive
 # Hundreds of processes import torch and its like: without bytecode each of them compiles it anew.
-test-unit test-e2e coverage: export PYTHONDONTWRITEBYTECODE :=
+test-unit test-e2e coverage fuzz chaos soak: export PYTHONDONTWRITEBYTECODE :=
 .PHONY: test
 test: lint $(STOCK)/.installed $(STUDIO)/.installed ## Lint, types and every test, real servers included
 	$(MAKE) --jobs=2 --keep-going test-unit test-e2e

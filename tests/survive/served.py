@@ -1,4 +1,4 @@
-"""A real TorchServe with `shapes`, what its processes hold, and one request to it as bytes."""
+"""A real server of `shapes`, what its processes hold, and one request to it as bytes."""
 
 import http.client
 import socket
@@ -13,13 +13,17 @@ import yaml
 
 from tools.archive.build import build_archive
 from tools.archive.recipe import load_recipe
+from tools.serve.asgi.server import AsgiServer
+from tools.serve.base import ModelServer
 from tools.serve.server import TorchServe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPES = REPOSITORY / "archives" / "shapes"
 SHARED = REPOSITORY.parent / "shared"
-WORKER = "model_service_worker"
-# Of the processes of a server: those that answer, and TorchServe's JVM in front of them.
+ENGINES: dict[str, type[ModelServer]] = {"torchserve": TorchServe, "asgi": AsgiServer}
+# In the command lines of their workers.
+WORKERS = ("model_service_worker", "tools.serve.asgi.worker")
+# Of the processes of a server: those that answer, and the one in front of them.
 KINDS = ("worker", "front")
 LATEST_S = 120
 MB = 1_000_000
@@ -43,14 +47,15 @@ def write_store(folder: Path, *, workers: int = 1, batch_size: int = 8) -> Path:
 
 
 @contextmanager
-def serving(folder: Path, *, workers: int = 1) -> Iterator[TorchServe]:
-    with TorchServe(write_store(folder, workers=workers), port=0) as server:
+def serving(folder: Path, *, workers: int = 1, engine: str = "torchserve") -> Iterator[ModelServer]:
+    with ENGINES[engine](write_store(folder, workers=workers), port=0) as server:
         yield server
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a process holds. memory: its share of what is in memory (PSS), bytes."""
+    """What a process holds. memory: what of it is in memory (RSS), bytes; neighbours that come and go
+    do not change it, as they do one's share of what is mapped."""
 
     pid: int
     name: str
@@ -65,13 +70,14 @@ def held(pid: int) -> list[Held]:
     for process in (front, *front.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             name = "worker" if is_worker(process) else "front"
-            found.append(Held(process.pid, name, process.memory_full_info().pss, process.num_fds()))
+            found.append(Held(process.pid, name, process.memory_info().rss, process.num_fds()))
     return found
 
 
 def is_worker(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-        return WORKER in " ".join(process.cmdline())
+        command = " ".join(process.cmdline())
+        return any(worker in command for worker in WORKERS)
     return False
 
 

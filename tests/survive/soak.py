@@ -15,7 +15,7 @@ from survive.pictures import drawn_picture, photographs
 from survive.served import KINDS, MB, SHARED, Held, growth, held, serving
 
 from tools.bench.load import run_load
-from tools.serve.server import TorchServe
+from tools.serve.base import ModelServer
 
 CONNECTIONS = 8
 MINUTE_S = 60
@@ -31,7 +31,7 @@ class Minute:
     held: list[Held]
 
 
-def one_minute(server: TorchServe, bodies: list[bytes]) -> Minute:
+def one_minute(server: ModelServer, bodies: list[bytes]) -> Minute:
     load = run_load(server.prediction_url(server.archives[0].name), bodies, CONNECTIONS, MINUTE_S, server.token)
     return Minute(load.images_per_s, load.p50_ms, load.p99_ms, held(server.pid))
 

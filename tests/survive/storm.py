@@ -21,10 +21,10 @@ from random import Random
 
 from survive.asks import PREDICTIONS, Ask, ask, broken_ask
 from survive.pictures import drawn_picture, drawn_seeds, photographs
-from survive.served import KINDS, MB, SHARED, Held, exchange, growth, held, memory_of, serving
+from survive.served import ENGINES, KINDS, MB, SHARED, Held, exchange, growth, held, memory_of, serving
 
 from tools.client.transports import ERROR_FIELDS
-from tools.serve.server import TorchServe
+from tools.serve.base import ModelServer
 
 CONCURRENCY = 8
 # Every so many requests, a good one.
@@ -34,7 +34,8 @@ MOST_GROWTH = 0.02
 SETTLE_S = 3.0
 # In which the requests after the warm-up come; memory is looked at after each.
 PARTS = 10
-# TorchServe's frontend reads forms before any code of ours is asked, and calls what it cannot read its own fault.
+# TorchServe's frontend reads forms before any code of ours is asked, and calls what it cannot read its own fault. The
+# engine asgi has no such exception.
 FRONTENDS_FORMS = ("ErrorDataDecoderException", "StringIndexOutOfBoundsException", "IllegalArgumentException")
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 SHOWN = 20
@@ -54,7 +55,7 @@ class Storm:
     """The requests `first` to `first + count` of a seed. keep: where those go that are answered wrongly, None for
     nowhere."""
 
-    def __init__(self, server: TorchServe, seed: int, seeds: Sequence[bytes], keep: Path | None = None):
+    def __init__(self, server: ModelServer, seed: int, seeds: Sequence[bytes], keep: Path | None = None):
         self._url, self._token = server.url, server.token
         self._seed, self._seeds, self._keep = seed, seeds, keep
         self._good = ask("good", drawn_picture(), "image/jpeg", PREDICTIONS, ("Marina-Format", "detections"))
@@ -142,12 +143,13 @@ def main() -> int:
     parser.add_argument(
         "--warm-up", type=int, default=4_000, help="requests before memory counts (default: %(default)s)"
     )
+    parser.add_argument("--engine", choices=ENGINES, default="torchserve", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="a folder for the requests that are answered wrongly")
     args = parser.parse_args()
     if args.keep:
         args.keep.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="marina-") as folder, serving(Path(folder)) as server:
+    with tempfile.TemporaryDirectory(prefix="marina-") as folder, serving(Path(folder), engine=args.engine) as server:
         start = held(server.pid)
         storm = Storm(server, args.seed, all_seeds(), args.keep)
         began = time.monotonic()
@@ -159,7 +161,7 @@ def main() -> int:
     return report(storm.tally, start, states)
 
 
-def settled(storm: Storm, server: TorchServe, first: int, count: int) -> list[Held]:
+def settled(storm: Storm, server: ModelServer, first: int, count: int) -> list[Held]:
     """What the processes hold some time after those requests."""
     storm.run(first, count)
     time.sleep(SETTLE_S)
@@ -170,7 +172,8 @@ def report(tally: Tally, start: list[Held], states: list[list[Held]]) -> int:
     """Prints it; 1 where a line of "must hold" does not. states: after the warm-up, and after each part of the rest."""
     for name, count in sorted(tally.answers.items()):
         print(f"  {count:6}  {name}")
-    print(f"TorchServe's own frontend refused with 500: {sum(tally.frontend.values())} forms that it could not read")
+    if tally.frontend:
+        print(f"TorchServe's own frontend refused with 500: {tally.frontend.total()} forms that it could not read")
     for line in tally.wrong[:SHOWN]:
         print(f"WRONG  {line}")
     same = {one.pid for one in start} == {one.pid for one in states[-1]}

@@ -17,7 +17,6 @@ from tools.report.boxes import class_colour
 INK = "#282c30"
 FAINT = "#8a929a"
 BLUE = "#0072b2"
-DOTS_PER_INCH = 110
 LONGEST_NAME = 28  # characters
 MOST_NAMED = 12  # curves in a legend
 FEWEST_BARS = 5  # that a chart has room for, lest a lone one be a slab

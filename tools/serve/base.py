@@ -17,13 +17,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Generic, Protocol, Self, TypeVar
+from typing import IO, Generic, Self, TypeVar
 
 import httpx
 
 from tools.errors import ToolError
 from tools.serve import process
-from tools.serve.output import SETTLE_S
+from tools.serve.lines import SETTLE_S, ServerOutput
 from tools.serve.store import Served, find_archives
 from tools.serve.supervise import Restarts
 
@@ -37,20 +37,6 @@ LOOPBACK = "127.0.0.1"
 
 class Interrupted(ToolError):
     """The server was told to stop while it was starting."""
-
-
-class ServerOutput(Protocol):
-    """Reads the lines that the processes print, until they end. reporting: whether they are reported."""
-
-    reporting: bool
-
-    def close(self) -> None: ...
-
-    def worker_error(self, worker: str) -> str | None:
-        """Why a worker of `<model>_<version>` failed, as far as it said so."""
-
-    def last_error(self) -> str:
-        """Why the server ended, as far as it said so."""
 
 
 OutputT = TypeVar("OutputT", bound=ServerOutput)

@@ -1,22 +1,17 @@
 """Reads what the JVM prints: keeps it in the log, hands on what matters, remembers how workers fare."""
 
-import contextlib
 import os
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
-from logging import Formatter, LogRecord
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO
 
+from tools.serve.lines import SETTLE_S, ServerOutput
 from tools.serve.log import Record, java_error, parse, python_error
 from tools.serve.store import Served
 
-LOG_BYTES = 50_000_000
-# Long enough for the lines that follow the first sign of a failure: the traceback, TorchServe's own word.
-SETTLE_S = 0.5
 # How lines begin that tell nothing of a JVM's end: what it says at every start, and the last part of a thread dump.
 CHATTER = (
     "Model server started.",
@@ -29,20 +24,10 @@ CHATTER = (
 DUMP_END = "JNI global ref"
 
 
-class Output:
-    """The lines of a JVM, read in a thread of their own until the stream ends.
-
-    report gets one line for each record of a worker or a warning of TorchServe while `reporting`, and
-    every line if `verbose`.
-    """
+class Output(ServerOutput):
+    """The lines of a JVM. Reported are the records of workers and the warnings of TorchServe."""
 
     def __init__(self, stream: IO[str], log_file: Path, report: Callable[[str], None], verbose: bool):
-        self.reporting = False
-        self._stream = stream
-        self._report = report
-        self._verbose = verbose
-        self._log = RotatingFileHandler(log_file, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
-        self._log.setFormatter(Formatter("%(message)s"))
         # Guards what follows, written by the reading thread.
         self._lock = threading.Lock()
         self._plain: deque[str] = deque(maxlen=2000)
@@ -52,13 +37,7 @@ class Output:
         self._unloadable: set[str] = set()
         self._dump: list[str] | None = None
         self._dumped = threading.Event()
-        self._thread = threading.Thread(target=self._read, name="torchserve-output", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Call it when the JVM is gone."""
-        self._thread.join(timeout=10)
-        self._log.close()
+        super().__init__(stream, log_file, report, verbose)
 
     def last_error(self) -> str:
         """Why the JVM ended, as far as it said so."""
@@ -118,25 +97,14 @@ class Output:
         last = printed[-1] if printed else "nothing"
         return f"no error was printed ({java_error(plain) or 'TorchServe gives no reason'}); its last line: {last}"
 
-    def _read(self) -> None:
-        for line in self._stream:
-            line = line.rstrip("\n")
-            self._log.emit(LogRecord("torchserve", 0, "", 0, line, None, None))
-            record = parse(line)
-            with self._lock:
-                if record is None:
-                    self._take_plain(line)
-                else:
-                    self._remember(record)
-            if self._verbose:
-                self._say(line)
-            elif record and self.reporting and not record.is_greeting:
-                self._say(f"{record.worker or record.logger}: {record.message}")
-
-    def _say(self, line: str) -> None:
-        # Reading goes on where nobody listens any more: a full pipe would stop the JVM.
-        with contextlib.suppress(OSError):
-            self._report(line)
+    def _take(self, line: str) -> str | None:
+        record = parse(line)
+        with self._lock:
+            if record is None:
+                self._take_plain(line)
+                return None
+            self._remember(record)
+        return None if record.is_greeting else f"{record.worker or record.logger}: {record.message}"
 
     def _take_plain(self, line: str) -> None:
         if self._dump is None:

@@ -72,9 +72,6 @@ class Record(BaseModel):
     since: datetime = Field(default_factory=lambda: datetime.now(UTC))
     totals: Totals = Field(default_factory=Totals)
 
-    def is_of(self, live: Identity, candidate: Identity) -> bool:
-        return (self.live, self.candidate) == (live, candidate)
-
 
 def read_record(path: Path, tolerance: Tolerance) -> Record:
     """The one in the file; a new one where there is none, or one by another tolerance. Raises ToolError."""

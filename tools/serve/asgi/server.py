@@ -10,12 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from logging import Formatter, LogRecord
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,8 +22,8 @@ from tools.errors import ToolError
 from tools.serve.asgi.model import Settings
 from tools.serve.base import WORKER_IMPORT_S, ModelServer, write_private
 from tools.serve.config import size_limit
+from tools.serve.lines import ServerOutput
 from tools.serve.log import python_error
-from tools.serve.output import LOG_BYTES
 from tools.serve.store import Served
 
 NEEDED = ("uvicorn", "uvloop", "httptools", "python_multipart")
@@ -39,24 +36,13 @@ EVENT = re.compile(r"worker \d+ of ")
 KEPT_LINES = 200
 
 
-class AsgiOutput:
-    """The lines of the front and its workers, read in a thread of their own until the stream ends."""
+class AsgiOutput(ServerOutput):
+    """The lines of the front and its workers. All of them are reported."""
 
     def __init__(self, stream: IO[str], log_file: Path, report: Callable[[str], None], verbose: bool):
-        self.reporting = False
-        self._stream = stream
-        self._report = report
-        self._verbose = verbose
-        self._log = RotatingFileHandler(log_file, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
-        self._log.setFormatter(Formatter("%(message)s"))
         # By the worker's name; other lines by ''. Written by the reading thread, read by others.
         self._kept: defaultdict[str, deque[str]] = defaultdict(lambda: deque(maxlen=KEPT_LINES))
-        self._thread = threading.Thread(target=self._read, name="asgi-output", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._thread.join(timeout=10)
-        self._log.close()
+        super().__init__(stream, log_file, report, verbose)
 
     def worker_error(self, worker: str) -> str | None:
         lines = list(self._kept[worker])
@@ -68,19 +54,13 @@ class AsgiOutput:
         lines = list(self._kept[""])
         return python_error(lines) or (lines[-1] if lines else "it gives no reason")
 
-    def _read(self) -> None:
-        for line in self._stream:
-            line = line.rstrip("\n")
-            self._log.emit(LogRecord("asgi", 0, "", 0, line, None, None))
-            worker, colon, text = line.partition(": ")
-            if colon and " " not in worker and "_" in worker:
-                self._kept[worker].append(text)
-            elif not EVENT.match(line):
-                self._kept[""].append(line)
-            if self._verbose or self.reporting:
-                # Reading goes on where nobody listens any more: a full pipe would stop the front.
-                with contextlib.suppress(OSError):
-                    self._report(line)
+    def _take(self, line: str) -> str:
+        worker, colon, text = line.partition(": ")
+        if colon and " " not in worker and "_" in worker:
+            self._kept[worker].append(text)
+        elif not EVENT.match(line):
+            self._kept[""].append(line)
+        return line
 
 
 class AsgiServer(ModelServer[AsgiOutput]):
