@@ -40,8 +40,8 @@ class Output(ServerOutput):
         super().__init__(stream, log_file, report, verbose)
 
     def last_error(self) -> str:
-        """Why the JVM ended, as far as it said so."""
-        time.sleep(SETTLE_S)
+        # The JVM has ended, and so has its stream where nobody else holds it.
+        self._thread.join(SETTLE_S)
         with self._lock:
             plain = [line for line in self._plain if line.strip() and not line.startswith((" ", "\t", *CHATTER))]
         return java_error(plain) or (plain[-1] if plain else "it gives no reason")

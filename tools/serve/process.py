@@ -143,7 +143,7 @@ def _dying_with_us(command: list[str]) -> list[str]:
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """End a process that leads a group and all others in it, and return when they are gone."""
+    """End a process that leads a group and all others in it, and return when none of them runs."""
     deadline = time.monotonic() + 10
     with contextlib.suppress(ProcessLookupError, PermissionError):
         while time.monotonic() < deadline:
@@ -151,9 +151,26 @@ def kill_group(process: subprocess.Popen[str]) -> None:
             process.poll()
             # As process 1 of a container we inherit its orphans.
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(-process.pid, os.WNOHANG)
+                while os.waitpid(-process.pid, os.WNOHANG)[0]:
+                    pass
+            if not _runs(process.pid):
+                break
             time.sleep(0.01)
     process.wait()
+
+
+def _runs(group: int) -> bool:
+    """Whether a process of the group holds anything still. One that has ended holds nothing, though it stays in the
+    group until its parent looks after it, which a system's first process may do seconds later."""
+    if sys.platform != "linux":
+        return True
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        # Gone since it was listed.
+        with contextlib.suppress(OSError):
+            state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in ("Z", "X"):
+                return True
+    return False
 
 
 def bindable_port(host: str, port: int) -> int:
