@@ -173,6 +173,8 @@ def test_drawn_boxes_differ_by_the_flags(server, folder, tmp_path):
         (("--conf", "1.5"), "conf"),
         (("--concurrency", "0"), "concurrency"),
         (("--save", "."), "could be overwritten"),
+        (("--save", "a.jpg"), "--save a.jpg cannot be a folder"),
+        (("--save", "a.jpg/x"), "--save a.jpg/x cannot be a folder"),
         (("--token-file", "nowhere"), "token-file nowhere cannot be read"),
         (("--view",), "cannot open a window"),
     ],
@@ -202,6 +204,18 @@ def test_an_interrupt_leaves_a_whole_video_of_what_came_so_far(server, folder, t
     assert "detections" in capfd.readouterr().err
     with VideoFile(tmp_path / "out" / "d.mp4") as video:
         assert 3 <= len(list(video)) <= 4
+
+
+def test_an_interrupt_before_the_first_frame_is_written_is_no_error(server, folder, tmp_path, capfd, monkeypatch):
+    def write(self: VideoWriter, frame: Frame) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoWriter, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        predict(server, folder / "d.mp4", "--save", tmp_path / "out")
+    told = capfd.readouterr().err
+    assert "there was no frame" in told and "1 pictures, " in told
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_server_that_goes_down_leaves_no_half_video(server, folder, tmp_path):

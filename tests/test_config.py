@@ -55,7 +55,7 @@ def test_every_type_has_a_flag():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("demo: {sorce: x}", "section demo: sorce: unknown key; did you mean 'source'?; and 1 more"),
+        ("demo: {sorce: x}", "section demo: sorce: unknown key; did you mean 'source'?; and 1 more to mend"),
         ("demo: {source: x, count: 0}", "section demo: count: Input should be greater than or equal to 1 (it is 0)"),
         ("demo: {source: x, count: three}", "count: Input should be a valid integer (it is 'three')"),
         ("{}", "source: missing"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from hypothesis import given
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
@@ -13,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from tools.errors import ToolError
 from tools.gateway import uploads
 from tools.gateway.errors import GatewayError
-from tools.gateway.storage import Storage
+from tools.gateway.storage import Storage, StorageDown
 from tools.gateway.uploads import Shelf
 
 PNG = b"\x89PNG\r\n\x1a\nrest"
@@ -98,7 +99,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert storage.get("a/one") == b"old" and [path.name for path in (tmp_path / "a").iterdir()] == ["one"]
 
 
-@pytest.mark.parametrize("url", ["/proc/nothing/here", "nonsense://x"])
+@pytest.mark.parametrize("url", ["/proc/nothing/here", "nonsense://x", "s3://", "s3:///x"])
 def test_storage_that_cannot_be_used_is_one_line(url: str) -> None:
     with pytest.raises(ToolError, match="cannot be used"):
         Storage(url)
@@ -107,6 +108,20 @@ def test_storage_that_cannot_be_used_is_one_line(url: str) -> None:
 def test_a_bucket_that_is_not_there_is_one_line(bucket: str) -> None:
     with pytest.raises(ToolError, match="cannot be used"):
         Storage("s3://no-such-bucket/x")
+
+
+def test_a_bucket_that_cannot_be_reached_is_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(bucket)
+    monkeypatch.setattr(storage._files, "cat_file", _unreachable)
+    with pytest.raises(StorageDown, match="Could not connect"):
+        storage.get("a/one")
+    monkeypatch.setattr(storage._files, "ls", _unreachable)
+    with pytest.raises(ToolError, match="cannot be used: Could not connect"):
+        Storage(bucket)
+
+
+def _unreachable(*_: object, **__: object) -> None:
+    raise EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
 
 
 def test_an_upload_belongs_to_its_owner(storage: Storage) -> None:

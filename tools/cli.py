@@ -68,15 +68,9 @@ EXTRAS = {
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 well, 1 with one line on stderr, 2 for wrong usage, 130 when interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="marina", description="Detection models, packed and served.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
-    for name, (module, help_line) in COMMANDS.items():
-        sub = commands.add_parser(name, help=help_line)
-        if name == called:
-            import_module(module).add_arguments(sub)
-    args = parser.parse_args(arguments)
     try:
+        args = _parser(called).parse_args(arguments)
         return import_module(COMMANDS[args.command][0]).run(args)
     except MarinaError as error:
         print(f"marina: {error}", file=sys.stderr)
@@ -85,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        print(f"marina: {args.command} needs {package}; pip install '.[{EXTRAS[package]}]'", file=sys.stderr)
+        print(f"marina: {called} needs {package}; pip install '.[{EXTRAS[package]}]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -93,6 +87,17 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read the output has seen enough; keep Python from complaining when it closes the stream.
         sys.stderr.close()
         return 0
+
+
+def _parser(called: str | None) -> argparse.ArgumentParser:
+    """With the flags of one command."""
+    parser = argparse.ArgumentParser(prog="marina", description="Detection models, packed and served.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, help_line) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help_line)
+        if name == called:
+            import_module(module).add_arguments(sub)
+    return parser
 
 
 if __name__ == "__main__":

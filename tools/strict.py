@@ -60,9 +60,10 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
     elif first["type"] == "string_pattern_mismatch" and (description := _description(kind, first["loc"])):
         text = f"{where}: {_shown(first['input'])} does not fit; it is: {description}"
     else:
-        message = f"{first['msg'].removeprefix('Value error, ')} (it is {_shown(first['input'])})"
-        text = f"{where}: {message}" if where else message
-    return text + (f"; and {len(problems) - 1} more" if len(problems) > 1 else "")
+        message = first["msg"].removeprefix("Value error, ")
+        # What concerns the whole names the values that it is about.
+        text = f"{where}: {message} (it is {_shown(first['input'])})" if where else message
+    return text + (f"; and {len(problems) - 1} more to mend" if len(problems) > 1 else "")
 
 
 def _description(kind: type[BaseModel], place: tuple[int | str, ...]) -> str | None:

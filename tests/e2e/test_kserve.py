@@ -431,6 +431,7 @@ def test_dead_backend_is_unavailable_and_says_when_to_ask_again(tmp_path: Path, 
     for call, status in (("ServerLive", "OK"), ("ModelInfer", "UNAVAILABLE")):
         route = f"/inference.GRPCInferenceService/{call}"
         assert f'requests_total{{method="gRPC",route="{route}",status="{status}"}} 1.0' in figures
+    assert 'requests_total{method="POST",route="/v2/models/{name}/infer",status="503"} 1.0' in figures
     assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0 and "error" in refused.json()
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert int(dict(caught.value.trailing_metadata())["retry-after"]) > 0

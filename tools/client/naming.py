@@ -36,9 +36,16 @@ class Stems:
 
 
 def check_folder(folder: Path, sources: Iterable[Path]) -> None:
-    """Raises ToolError where results could take the place of what they are made from."""
+    """Make the folder for results.
+
+    Raises ToolError where that cannot be, or where results could take the place of what they are made from.
+    """
     place = folder.resolve()
     for source in sources:
         parent = source.resolve().parent
         if parent == place or any(parent.is_relative_to(place / name) for name in (LABELS, CROPS)):
             raise ToolError(f"--save {folder} holds the source {source}, which could be overwritten; choose another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ToolError(f"--save {folder} cannot be a folder ({error.strerror}); choose another") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 from tools.client.answer import Answer, Detection
 from tools.client.naming import Stems
 from tools.client.outputs import Annotated, Closed, Coco, Crops, Csv, JsonLines, Output, Result, Table, YoloText
+from tools.errors import ToolError
 from tools.progress import Progress
 from tools.video.overlay import Overlay
 
@@ -37,15 +38,21 @@ class Run:
     def through(self, results: "Iterator[Asked]") -> int:
         """The exit code of the command. What was there before an interrupt is written well."""
         interrupted = False
-        with ExitStack() as stack:
-            outputs = [stack.enter_context(output) for output in self._outputs()]
-            # Before the outputs, so that nothing is under way when they end.
-            answers = stack.enter_context(closing(results))  # type: ignore[type-var]  # a generator
-            try:
-                with suppress(Closed):
-                    self._take_all(answers, outputs)
-            except KeyboardInterrupt:
-                interrupted = True
+        try:
+            with ExitStack() as stack:
+                outputs = [stack.enter_context(output) for output in self._outputs()]
+                # Before the outputs, so that nothing is under way when they end.
+                answers = stack.enter_context(closing(results))  # type: ignore[type-var]  # a generator
+                try:
+                    with suppress(Closed):
+                        self._take_all(answers, outputs)
+                except KeyboardInterrupt:
+                    interrupted = True
+        except ToolError as error:
+            # Such as a film that has no frame yet.
+            if not interrupted:
+                raise
+            self._tell(str(error))
         self._end_film()
         told = f"{self.pictures} pictures, {self.detections} detections"
         self._tell(told + (f"; {self.failures} without an answer" if self.failures else ""))

@@ -19,6 +19,7 @@ import aiohttp
 from pydantic import BaseModel
 from yarl import URL
 
+from tools.client.transports import reason
 from tools.gateway.errors import GatewayError
 from tools.gateway.settings import Server
 
@@ -137,7 +138,7 @@ class Replica:
         if answer.status == 404 and version is not None:
             raise unknown_version(self.name, version)
         if answer.status != 200:
-            raise Down(f"it answers {answer.status} {answer.body[:200]!r}")
+            raise Down(f"it answers {answer.status}: {reason(answer.body)}")
         try:
             return Model.model_validate(json.loads(answer.body) | {"healthy": True})
         except (ValueError, TypeError) as error:

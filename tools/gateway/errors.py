@@ -1,6 +1,7 @@
 """Every error that the gateway answers with: in TorchServe's form, `{"code", "type", "message"}`, or where a client of
 KServe v2 asks in the form of that, `{"error": "…"}`, with the type beside it."""
 
+import logging
 import math
 from collections.abc import Iterable
 from http import HTTPStatus
@@ -13,8 +14,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from tools.gateway.storage import StorageDown
+
+logger = logging.getLogger(__name__)
+
 # Where the paths of KServe v2 begin.
 KSERVE = "/v2"
+# Seconds.
+RETRY_AFTER_S = 5
 
 
 class Error(BaseModel):
@@ -92,6 +99,12 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=400)
+
+    @app.exception_handler(StorageDown)
+    async def storage_down(request: Request, error: StorageDown) -> JSONResponse:
+        logger.warning("the storage of uploads is down: %s", error)
+        message = "uploads cannot be kept or read now; try again"
+        return GatewayError(503, "StorageDown", message, RETRY_AFTER_S).response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -126,7 +126,7 @@ class Flags(Strict):
     grpc_port: int | None = Field(None, ge=0, le=65535, description="of KServe v2 over gRPC; none without it")
     tls_certificate: Path | None = Field(None, description="PEM, with its chain: HTTPS, and TLS for gRPC")
     tls_key: Path | None = Field(None, description="PEM without a password, of that certificate")
-    keys_file: Path | None = Field(None, description="API keys, hashed, as `--new-key` makes them")
+    keys_file: Path | None = Field(None, description="API keys, hashed, as `--new-key` makes them; read at the start")
     storage: str = Field("marina-uploads", description="where uploads lie: a folder, or s3://bucket/prefix")
     upload_ttl_s: int = Field(86_400, gt=0, description="how long an upload is kept, seconds")
     cors_origins: list[str] = Field([], description="web pages of which origins may call, such as https://example.org")
@@ -140,7 +140,9 @@ class Flags(Strict):
 
 
 class Settings(Flags):
-    backends: list[Server] = Field(min_length=1)
+    backends: list[Server] = Field(
+        min_length=1, description="TorchServes to stand before; one by --backend URL, several in the file of --config"
+    )
     oidc: Oidc | None = None
     no_auth: bool = Field(False, description="answer callers that show no key")
     limits: Limits = Limits()

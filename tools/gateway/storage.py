@@ -3,6 +3,8 @@
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -14,8 +16,12 @@ _NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]*(/[a-z0-9_][a-z0-9_.-]*)*")
 _TEMPORARY = ".part-"
 
 
+class StorageDown(OSError):
+    """A folder or bucket that cannot be read or written now; one line that says why."""
+
+
 class Storage:
-    """Blocking: call it in a thread.
+    """Blocking: call it in a thread. Every method raises StorageDown.
 
     A name is made of parts of lower-case letters, digits, `_`, `-` and `.`, joined by `/`. Anything else is a
     fault of the caller and raises ValueError, since no name may come from a request.
@@ -27,12 +33,25 @@ class Storage:
         try:
             self._files, self._root = fsspec.core.url_to_fs(url)
             self._is_folder = "file" in (self._files.protocol if self._files.protocol != "file" else ("file",))
-            if self._is_folder:
-                Path(self._root).mkdir(parents=True, exist_ok=True, mode=0o700)
-            else:
-                self._files.ls(self._root.partition("/")[0])
-        except (OSError, ValueError, ImportError) as error:
+            self._faults = _faults_of(url)
+            with self._told():
+                if self._is_folder:
+                    Path(self._root).mkdir(parents=True, exist_ok=True, mode=0o700)
+                else:
+                    self._files.ls(self._root.partition("/")[0])
+        except (StorageDown, ValueError, ImportError) as error:
             raise ToolError(f"storage {url} cannot be used: {error}") from error
+        except FileNotFoundError as error:
+            raise ToolError(f"storage {url} cannot be used: there is no such bucket ({error})") from error
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except self._faults as error:
+            raise StorageDown(f"{error}") from error
 
     def _path(self, name: str) -> str:
         if not _NAME.fullmatch(name):
@@ -42,9 +61,13 @@ class Storage:
     def put(self, name: str, body: bytes) -> None:
         """All of it or nothing."""
         path = self._path(name)
-        if not self._is_folder:
-            self._files.pipe_file(path, body)
-            return
+        with self._told():
+            if self._is_folder:
+                self._put_file(path, body)
+            else:
+                self._files.pipe_file(path, body)
+
+    def _put_file(self, path: str, body: bytes) -> None:
         folder = Path(path).parent
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
@@ -56,8 +79,10 @@ class Storage:
 
     def get(self, name: str) -> bytes | None:
         """None where nothing has that name."""
+        path = self._path(name)
         try:
-            body: bytes = self._files.cat_file(self._path(name))
+            with self._told():
+                body: bytes = self._files.cat_file(path)
         except FileNotFoundError:
             return None
         return body
@@ -66,7 +91,8 @@ class Storage:
         """What lies directly below `prefix`, its last parts, in order."""
         path = self._path(prefix) if prefix else self._root
         try:
-            found = self._files.ls(path, detail=False, **({} if self._is_folder else {"refresh": True}))
+            with self._told():
+                found = self._files.ls(path, detail=False, **({} if self._is_folder else {"refresh": True}))
         except FileNotFoundError:
             return []
         names = {Path(entry).name for entry in found if entry.rstrip("/") != path.rstrip("/")}
@@ -74,7 +100,20 @@ class Storage:
 
     def delete(self, name: str) -> None:
         """The file or everything below it; nothing happens when there is nothing."""
+        path = self._path(name)
         try:
-            self._files.rm(self._path(name), recursive=True)
+            with self._told():
+                self._files.rm(path, recursive=True)
         except FileNotFoundError:
             return
+
+
+def _faults_of(url: str) -> tuple[type[Exception], ...]:
+    """What a storage raises that cannot be reached. Raises ValueError for a bucket without a name."""
+    if not url.startswith("s3:"):
+        return (OSError,)
+    if not url.removeprefix("s3://").partition("/")[0]:
+        raise ValueError("it names no bucket; give s3://bucket/prefix")
+    from botocore.exceptions import BotoCoreError
+
+    return OSError, BotoCoreError

@@ -98,6 +98,15 @@ def distrusted(url: str) -> ServerFailed:
     return ServerFailed(f"{url} shows a certificate that is not trusted; give that of its authority, by --ca")
 
 
+def reason(body: bytes) -> str:
+    """What a body says to people that tells an error, in TorchServe's form or in that of KServe v2."""
+    try:
+        content = json.loads(body)
+        return short(str(content["message"] if "message" in content else content["error"]))
+    except (ValueError, LookupError, TypeError):
+        return short(body)
+
+
 def short(body: bytes | str) -> str:
     text = body.decode("utf-8", errors="replace") if isinstance(body, bytes) else body
     return " ".join(text.split())[:200]

@@ -16,8 +16,8 @@ from tools.client.transports import (
     bearer,
     distrusted,
     read_answer,
+    reason,
     retry_after,
-    short,
 )
 
 BUSY = (429, 503)
@@ -89,7 +89,7 @@ async def post(session: httpx.AsyncClient, url: str, **request: Any) -> httpx.Re
         raise _lost(url, error) from error
     if answer.status_code in BUSY or (answer.is_server_error and WORKER_DIED.encode() in answer.content):
         raise ServerUnavailable(
-            f"{url} is busy or down ({answer.status_code}): {short(answer.content)}",
+            f"{url} is busy or down ({answer.status_code}): {reason(answer.content)}",
             retry_after(answer.headers.get("Retry-After")),
         )
     return answer

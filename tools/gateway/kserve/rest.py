@@ -79,7 +79,7 @@ async def _worked(size: int, work: Callable[..., Made], *given: Any) -> Made:
 def router(services: Services) -> APIRouter:
     calls = Calls(services.backend)
     everybody = APIRouter(prefix=KSERVE, tags=["KServe v2"])
-    callers = APIRouter(prefix="/models/{name}", dependencies=[Depends(caller)])
+    callers = APIRouter(prefix=f"{KSERVE}/models/{{name}}", tags=["KServe v2"], dependencies=[Depends(caller)])
 
     @everybody.get("", summary="ServerMetadata")
     async def server_metadata() -> ServerMetadata:
@@ -136,5 +136,8 @@ def router(services: Services) -> APIRouter:
     async def version_infer(name: str, version: str, request: Request, json_size: _JsonSize = None) -> Response:
         return await infer(name, version, request, json_size)
 
-    everybody.include_router(callers)
-    return everybody
+    # Side by side: of a router in another one the figures would know half of the path.
+    both = APIRouter()
+    both.include_router(everybody)
+    both.include_router(callers)
+    return both
