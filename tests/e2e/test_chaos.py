@@ -8,6 +8,7 @@ from survive.pictures import drawn_seeds
 from survive.served import held, workers
 from survive.storm import Storm
 
+from tools.serve.base import ModelServer
 from tools.serve.server import TorchServe
 
 pytestmark = pytest.mark.e2e
@@ -16,9 +17,9 @@ LATEST_S = 180
 REQUESTS = 300
 
 
-def test_broken_requests_are_refused_and_nobody_else_notices(shapes_server: TorchServe) -> None:
-    before = held(shapes_server.pid)
-    storm = Storm(shapes_server, seed=1, seeds=drawn_seeds())
+def test_broken_requests_are_refused_and_nobody_else_notices(shapes_engine: ModelServer) -> None:
+    before = held(shapes_engine.pid)
+    storm = Storm(shapes_engine, seed=1, seeds=drawn_seeds())
     storm.run(0, REQUESTS)
     tally = storm.tally
     assert tally.wrong == []
@@ -26,7 +27,7 @@ def test_broken_requests_are_refused_and_nobody_else_notices(shapes_server: Torc
     # Most are refused by us, some are pictures after all, a few are forms that TorchServe itself cannot read.
     refused = sum(count for name, count in tally.answers.items() if name.startswith("4"))
     assert refused > REQUESTS / 3 and tally.frontend.total() < REQUESTS / 10
-    assert {one.pid for one in held(shapes_server.pid)} == {one.pid for one in before}
+    assert {one.pid for one in held(shapes_engine.pid)} == {one.pid for one in before}
 
 
 def test_a_worker_is_killed_under_load(shapes_server: TorchServe) -> None:

@@ -2,6 +2,7 @@
 them; one that closes its side behind a whole request is answered."""
 
 import asyncio
+import json
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -31,6 +32,13 @@ class GuardedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response(f"The request's head has more than {MOST_HEAD_BYTES} bytes.")
+
+    def send_400_response(self, msg: str) -> None:
+        """Of what is no HTTP; in the form of every other error."""
+        body = json.dumps({"code": 400, "type": "InvalidRequest", "message": msg}).encode()
+        head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+        self.transport.close()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio keeps the connection where it is true
         under_way = self.cycle is not None and not self.cycle.response_complete
