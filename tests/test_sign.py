@@ -42,7 +42,7 @@ from tools.sign.signature import sign_archive, verify_signature
 from tools.sign.statement import BadSignature, read_signature
 from tools.store import command as store_command
 from tools.store.deploy import deploy
-from tools.store.promote import promote, tag
+from tools.store.promote import promote, roll_back, tag
 from tools.store.store import Store
 from tools.store.trust import distrust, trust
 
@@ -404,12 +404,15 @@ def test_lifetimes_that_are_none(text: str) -> None:
 def test_from_a_key_to_a_checked_archive(
     archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def marina(*arguments: object) -> str:
-        assert main(["archive", *map(str, arguments)]) == 0
+    def marina(*arguments: object, code: int = 0) -> str:
+        assert main(["archive", *map(str, arguments)]) == code
         return capsys.readouterr().out
 
     def state(*arguments: object) -> dict[str, str]:
-        return json.loads(marina("inspect", archive, "--json", *arguments))["signature"]
+        code = main(["archive", "inspect", str(archive), "--json", *map(str, arguments)])
+        found = json.loads(capsys.readouterr().out)["signature"]
+        assert code == (found["state"] == "refused")
+        return found
 
     for name in ("team", "other"):
         assert marina("keygen", tmp_path / name).splitlines()[-1].startswith("key ")
@@ -425,7 +428,7 @@ def test_from_a_key_to_a_checked_archive(
     assert refused["state"] == "refused" and "not trusted" in refused["reason"]
     monkeypatch.setenv(VARIABLE, str(public))
     assert state()["state"] == "valid" and state("--key", wrong)["state"] == "refused"
-    assert "REFUSED: tiny.mar is signed by key" in marina("inspect", archive, "--key", wrong)
+    assert "REFUSED: tiny.mar is signed by key" in marina("inspect", archive, "--key", wrong, code=1)
 
 
 def test_nothing_of_an_unsigned_archive_is_run(archive: Path, team: Signer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -505,7 +508,11 @@ def test_a_store_that_trusts_keys_makes_nothing_else_production(
     with pytest.raises(ToolError, match=f"{VARIABLE} wants a signature that counts"):
         deploy(store, right, NOWHERE, servers, print)
     monkeypatch.delenv(VARIABLE)
+    with pytest.raises(ToolError, match="is not signed"):
+        roll_back(store, "archives", right.name, "production", "")
+    assert store.find(f"{right.name}@production", "archives").id == right.id
     distrust(store, team.id)
+    assert roll_back(store, "archives", right.name, "production", "").id == unsigned.id
     promote(store, unsigned, "production", None, "whatever")
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -320,3 +320,46 @@ def test_a_server_that_does_not_come_up_again_ends(tmp_path: Path, monkeypatch: 
         with pytest.raises(ToolError, match=r"m 1\.0: its worker failed to start: .*no longer; .* did not stay up"):
             server.wait()
     assert [line for line in told if "starting it again in 1 s" in line]
+
+
+SAYS = """
+def handle(data, context):
+    return None if data is None else [b"{word}" for _ in data]
+"""
+
+
+@pytest.mark.parametrize("engine", [AsgiServer, TorchServe])
+def test_what_was_vetted_is_what_is_served(engine: type[ModelServer], tmp_path: Path) -> None:
+    """Also when the server is started again, after somebody has put another archive in the place of it."""
+    store = tmp_path / "store"
+    store.mkdir()
+    vetted: list[bytes] = []
+    answers: list[str] = []
+
+    def report(line: str) -> None:
+        if "answers again" in line:
+            answers.append(ask(server).text)
+            server.request_stop()
+
+    def vet(paths: Sequence[Path]) -> None:
+        vetted.extend(path.read_bytes() for path in paths)
+
+    before = write_archive(store / "m.mar", "m", handler=SAYS.format(word="one")).read_bytes()
+    with engine(store, port=0, auth=False, supervise=True, vet=vet, report=report) as server:
+        write_archive(tmp_path / "other.mar", "m", handler=SAYS.format(word="another")).replace(store / "m.mar")
+        psutil.Process(server.pid).kill()
+        server.wait()
+    assert vetted == [before] and answers == ["one"]
+
+
+def test_what_is_refused_is_not_started(tmp_path: Path) -> None:
+    write_archive(tmp_path / "m.mar", "m")
+
+    def vet(paths: Sequence[Path]) -> None:
+        raise ToolError("no")
+
+    server = AsgiServer(tmp_path, port=0, vet=vet)
+    with pytest.raises(ToolError, match=r"^no$"):
+        server.start()
+    with pytest.raises(ToolError, match="is not running"):
+        _ = server.folder

@@ -84,7 +84,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     report = inspect_archive(args.archive, signing.trusted_keys(args.keys))
     print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else as_table(report))
-    return 0
+    return int(report["signature"]["state"] == "refused")
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from typing import IO, Generic, Self, TypeVar
 
 import httpx
 
+from tools.archive.companions import companions
 from tools.errors import ToolError
 from tools.serve import process
 from tools.serve.lines import SETTLE_S, ServerOutput
@@ -48,7 +49,9 @@ class ModelServer(ABC, Generic[OutputT]):
     models: names, None for all. port: 0 picks a free one. auth: requests need the token. token_file: where it is
     written, replacing that of an earlier start, None for the private folder. metrics_port: where Prometheus may ask, on
     loopback and without a token, None for nowhere, 0 picks a free one. grace: how long `drain` waits at most, seconds.
-    supervise: `wait` starts it again when it ends by itself. report: called with one line for each step and event, from
+    supervise: `wait` starts it again when it ends by itself. vet: is given the archives, with what lies beside them,
+    before they are served, and raises MarinaError for one that must not be; what is served are copies of our own, which
+    nobody can exchange after that. report: called with one line for each step and event, from
     several threads. verbose: report all that its processes print.
 
     Start it, and call `wait`, in a thread that lives as long as the server: Linux ends the processes with the thread
@@ -71,6 +74,7 @@ class ModelServer(ABC, Generic[OutputT]):
         metrics_port: int | None = None,
         grace: float = GRACE_S,
         supervise: bool = False,
+        vet: Callable[[Sequence[Path]], None] | None = None,
         report: Callable[[str], None] = lambda line: None,
         verbose: bool = False,
     ):
@@ -84,6 +88,7 @@ class ModelServer(ABC, Generic[OutputT]):
         self._models = models
         self._token_file = token_file and token_file.absolute()
         self._supervise = supervise
+        self._vet = vet
         self._report = report
         self._verbose = verbose
         self._stop_requests = 0
@@ -166,6 +171,8 @@ class ModelServer(ABC, Generic[OutputT]):
                 self.metrics_port = process.bindable_port(LOOPBACK, self.metrics_port)
             line = self._prepare()
             self._folder = process.private_folder()
+            if self._vet is not None:
+                self._vet_archives(self._vet)
             self._report(line)
             self._launch(answered)
         except BaseException:
@@ -218,6 +225,16 @@ class ModelServer(ABC, Generic[OutputT]):
     @abstractmethod
     def _failure(self) -> str | None:
         """What keeps an archive from loading, as one line."""
+
+    def _vet_archives(self, vet: Callable[[Sequence[Path]], None]) -> None:
+        """Once, before the first launch."""
+        copies = self.folder / "vetted"
+        copies.mkdir()
+        for served in self.archives:
+            for path in (served.path, *companions(served.path)):
+                shutil.copyfile(path, copies / path.name)
+        vet([copies / served.path.name for served in self.archives])
+        self.archives = find_archives(copies)
 
     def _watch(self) -> None:
         """Called again and again while the server is up."""

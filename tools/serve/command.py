@@ -5,7 +5,7 @@ import ipaddress
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from tools.serve.asgi.server import AsgiServer
 from tools.serve.base import GRACE_S, LOOPBACK, Interrupted, ModelServer
 from tools.serve.server import TorchServe
 from tools.serve.store import Served
-from tools.sign.command import add_keys, check_signatures
+from tools.sign.command import add_keys, check_signatures, trusted_keys
 
 GRPC_PORT = 7070
 
@@ -77,7 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " stay up; TorchServe then makes a new token, in the same file, and refuses the old one (default: end with exit"
         " code 1, for systemd, Docker or Kubernetes to start anew)",
     )
-    add_keys(parser, "--require-signature", "start only if each archive is signed by one of them")
+    add_keys(
+        parser,
+        "--require-signature",
+        "start only if each archive is signed by one of them, and serve copies that nobody can exchange; with"
+        " --management-port, which takes other archives on, the files themselves, checked at each start",
+    )
     parser.add_argument("--verbose", action="store_true", help="show all that the server and its workers print")
 
 
@@ -90,13 +95,14 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.no_auth and args.management_port is not None:
         raise ToolError("--management-port wants tokens: who reaches it can change what is served; omit --no-auth")
-    server = _server(args)
-    for line in check_signatures([served.path for served in server.archives], args.keys):
-        _tell(line)
-    return serve_until_stopped(server)
+    return serve_until_stopped(_server(args))
 
 
 def _server(args: argparse.Namespace) -> ModelServer[Any]:
+    def vet(archives: Sequence[Path]) -> None:
+        for line in check_signatures(archives, args.keys):
+            _tell(line)
+
     settings = {
         "host": args.host,
         "port": args.port,
@@ -105,6 +111,7 @@ def _server(args: argparse.Namespace) -> ModelServer[Any]:
         "metrics_port": args.metrics_port,
         "grace": args.grace,
         "supervise": args.supervise,
+        "vet": vet if trusted_keys(args.keys) else None,
         "report": _tell,
         "verbose": args.verbose,
     }

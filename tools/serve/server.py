@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -139,6 +139,8 @@ class TorchServe(ModelServer[Output]):
         if self.management_port is not None:
             # What is deployed has to lie where a restart finds it; what a rollout has brought since the start does.
             self.archives = find_archives(self.store, self._models)
+            if self._vet is not None:
+                self._vet([served.path for served in self.archives])
             for served in self.archives:
                 if set(served.path.name) & set(LISTED):
                     raise ToolError(f"{served.path}: with a management port no file name may hold {LISTED}; rename it")
@@ -150,6 +152,11 @@ class TorchServe(ModelServer[Output]):
         for file_name, served in files.items():
             (self.folder / "store" / file_name).symlink_to(served.path)
         return files
+
+    def _vet_archives(self, vet: Callable[[Sequence[Path]], None]) -> None:
+        # With a management port the files of the store itself are loaded: looked at before each launch, see above.
+        if self.management_port is None:
+            super()._vet_archives(vet)
 
     def _read_output(self, stream: IO[str]) -> Output:
         return Output(stream, self.log_file, self._report, self._verbose)

@@ -193,8 +193,10 @@ def _promote(store: "Store", args: argparse.Namespace) -> int:
 
 
 def _rollback(store: "Store", args: argparse.Namespace) -> int:
+    from tools.store.promote import roll_back
+
     check_name(args.name, NAME_HINT)
-    return _moved(args.tag, store.tags(args.kind, args.name).roll_back(args.tag, args.why))
+    return _moved(args.tag, roll_back(store, args.kind, args.name, args.tag, args.why))
 
 
 def _moved(tag: str, move: "Move") -> int:

@@ -9,7 +9,7 @@ from packaging.version import InvalidVersion, Version
 from tools.archive.reader import open_archive
 from tools.archive.verify import check_entries
 from tools.errors import ToolError
-from tools.store.manifest import GATED, Manifest
+from tools.store.manifest import GATED, Kind, Manifest
 from tools.store.store import Store, parallel
 from tools.store.tags import Move, Tag
 from tools.store.transfer import verify
@@ -37,6 +37,21 @@ def promote(store: Store, manifest: Manifest, tag: Tag, why: str | None, force: 
     elif why is None:
         why = manifest.evidence.line() if manifest.evidence else ""
     return store.tags(manifest.kind, manifest.name).move(tag, manifest, "promote", why)
+
+
+def roll_back(store: Store, kind: Kind, name: str, tag: Tag, why: str) -> Move:
+    """Point a tag at what it pointed at before. Raises ToolError when there is nothing, or for an archive without the
+    signature that production wants by now."""
+
+    def is_fit(id: str) -> None:
+        manifest = store.find(id, kind)
+        with tempfile.TemporaryDirectory(prefix="marina-") as folder:
+            path = Path(folder) / manifest.files[0].path
+            check(store, manifest, path)
+            check_signature(store, path)
+
+    tags = store.tags(kind, name)
+    return tags.roll_back(tag, why, is_fit) if kind == "archives" and tag == PRODUCTION else tags.roll_back(tag, why)
 
 
 def tag(store: Store, manifest: Manifest, tag: Tag, why: str | None) -> Move:

@@ -11,7 +11,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Literal, get_args
@@ -85,15 +85,16 @@ class Tags:
             pause = min(2 * pause, LONGEST_PAUSE_S)
         raise ToolError(f"tag {tag} of {self.name}: others moved it first, {MOVE_TRIES} times in a row; try again")
 
-    def roll_back(self, tag: Tag, why: str) -> Move:
+    def roll_back(self, tag: Tag, why: str, check: Callable[[str], None] = lambda id: None) -> Move:
         """Point the tag at what it pointed at before; once more, at what was before that. Raises ToolError when there
-        is nothing, or when somebody else moves the tag at the same moment."""
+        is nothing, or when somebody else moves the tag at the same moment, and what `check` raises for the id."""
         self._objects.check_exclusive()
         moves = self.history(tag)
         line = standing(moves)
         if len(line) < 2:
             there = f"nothing stands before {line[-1]}" if line else "it was never set"
             raise ToolError(f"tag {tag} of {self.name} cannot go back: {there}")
+        check(line[-2])
         made = self._create(tag, moves[-1], line[-2], ROLLBACK, why)
         if made is None:
             raise ToolError(f"tag {tag} of {self.name} was moved by somebody else just now; see `marina store history`")
