@@ -266,6 +266,23 @@ def test_halved_brightness_is_drift(archive: Path, tmp_path: Path, capsys: pytes
     assert not found["megapixels"]["drift"]
 
 
+def test_too_few_pictures_pass_no_gate(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = draw(tmp_path / "few", 3, 5)
+    code, document = drift(archive, capsys, "--pictures", few)
+    assert code == 0 and document["drift"] is None
+    assert main(["drift", str(archive), "--pictures", str(few), "--fail-above", "0.25"]) == 1
+    told = capsys.readouterr()
+    assert told.out.endswith("drift: unknown\n") and "too few pictures" in told.err
+
+
+@pytest.mark.parametrize("bound", ["nan", "-1"])
+def test_a_bound_that_nothing_can_pass_or_miss_is_refused(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bound: str
+) -> None:
+    assert main(["drift", str(archive), "--pictures", str(tmp_path), f"--fail-above={bound}"]) == 1
+    assert "give 0 or more" in capsys.readouterr().err
+
+
 def test_a_class_that_stays_away_is_drift(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     without = draw(tmp_path / "without", 100, 4, [name for name in CLASSES if name != "star"])
     assert main(["drift", str(archive), "--pictures", str(without), "--fail-above", "0.25"]) == 1

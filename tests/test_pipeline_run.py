@@ -77,6 +77,7 @@ def test_a_file_and_changes_to_it(tmp_path: Path) -> None:
         ({"weights": "$(id)"}, "weights:"),
         ({"model_name": "-x"}, "model_name:"),
         ({"model_version": "1;2"}, "model_version:"),
+        ({"model_version": 1.0}, "model_version: 1.0 is a number where text belongs; put it in quotes"),
         ({"split": "0.8 0.1 --replace"}, "split:"),
         ({"gpu_timeout": "forever"}, "gpu_timeout: 'forever' does not fit; it is: how long to wait"),
         ({"license": "two\nlines"}, "license: must be one line"),

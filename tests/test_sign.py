@@ -327,8 +327,13 @@ def test_keys_are_private_to_their_owner_and_never_replaced(tmp_path: Path) -> N
         if name == private:
             assert not private.exists() and public.exists()
     assert b"PRIVATE KEY" in before
+    new, _, _ = make_keys(tmp_path / "new" / "folder", None)
+    assert new.parent.stat().st_mode & 0o777 == 0o700
     with pytest.raises(ToolError, match="cannot be written"):
-        make_keys(tmp_path / "no" / "folder", None)
+        make_keys(new / "folder", None)
+    for name in (Path(), Path("/")):
+        with pytest.raises(ToolError, match="names no file"):
+            make_keys(name, None)
 
 
 def test_a_passphrase_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

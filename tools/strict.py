@@ -59,6 +59,8 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
         text = f"{where}: missing" + (f"; it is: {description}" if description else "")
     elif first["type"] == "string_pattern_mismatch" and (description := _description(kind, first["loc"])):
         text = f"{where}: {_shown(first['input'])} does not fit; it is: {description}"
+    elif first["type"] == "string_type" and isinstance(first["input"], int | float):
+        text = f"{where}: {_shown(first['input'])} is a number where text belongs; put it in quotes"
     else:
         message = first["msg"].removeprefix("Value error, ")
         # What concerns the whole names the values that it is about.

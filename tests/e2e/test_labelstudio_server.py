@@ -247,6 +247,17 @@ def test_pull_leaves_all_as_it_was_when_it_cannot_go_on(
         pull(studio, "another", output)
 
 
+@pytest.mark.parametrize("name", ["", " ", " moon"])
+def test_a_label_that_is_none_is_refused_before_anything_is_made(studio: LabelStudio, name: str) -> None:
+    with pytest.raises(ToolError, match="is empty, or has spaces around it"):
+        set_up(studio, "nameless", ["circle", name])
+    assert studio.project("nameless") is None
+
+
+def test_a_label_named_twice_is_one(studio: LabelStudio) -> None:
+    assert set_up(studio, "twice", ["circle", "moon", "moon"]).labels == ("circle", "moon")
+
+
 def test_annotators_get_live_predictions_of_the_served_model(
     label: Label, label_studio: Studio, shapes_server: TorchServe, pictures_of: Path, tmp_path: Path
 ) -> None:

@@ -74,7 +74,7 @@ def main() -> int:
             process.join()
         if process.exitcode:
             failed.append(name)
-    print(f"{'FAILED' if failed else 'ok    '} {', '.join(failed) or 'nothing found'}; findings are in {args.findings}")
+    print(f"FAILED {', '.join(failed)}; findings are in {args.findings}" if failed else "ok     nothing found")
     return int(bool(failed))
 
 

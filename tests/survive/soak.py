@@ -62,6 +62,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=int, default=20, help="after the one of warm-up (default: %(default)s)")
     args = parser.parse_args()
+    if args.minutes < 2:
+        parser.error(f"--minutes {args.minutes}: there are none to compare; give 2 or more")
     bodies = [drawn_picture(), *photographs(SHARED)]
     with tempfile.TemporaryDirectory(prefix="marina-") as folder, serving(Path(folder)) as server:
         print(line("warm-up", one_minute(server, bodies)), flush=True)

@@ -106,7 +106,7 @@ def router(services: Services) -> APIRouter:
             try:
                 async with doors:
                     picture = await pictures.fetch(task.data.get(control.key))
-                    return await _predict(services, model.name, picture, control)
+                    return await _predict(services, model, picture, control)
             except GatewayError as error:
                 logger.warning("Label Studio's task %d has no prediction: %s", task.id, error.message)
                 return error
@@ -170,14 +170,16 @@ def _no_picture(why: str) -> GatewayError:
     return GatewayError(503, "NoPicture", f"the picture cannot be had: {why}")
 
 
-async def _predict(services: Services, model: str, picture: bytes, control: Control) -> dict[str, Any]:
+async def _predict(services: Services, model: Model, picture: bytes, control: Control) -> dict[str, Any]:
     """Raises GatewayError."""
-    answer = await services.backend.predict(model, None, picture, BODY_TYPE, {"Marina-Format": "detections"})
+    # Also so that the request has options of its own: it is no traffic to be captured, or measured for drift.
+    classes = ",".join(str(index) for index, label in enumerate(model.labels) if label in control.labels)
+    headers = {"Marina-Format": "detections", "Marina-Classes": classes}
+    answer = await services.backend.predict(model.name, None, picture, BODY_TYPE, headers)
     content = json.loads(answer.body)
     if answer.status != 200:
         raise GatewayError(answer.status, content["type"], content["message"])
-    known = [detection for detection in content["detections"] if detection["label"] in control.labels]
-    regions = to_regions(known, content["width"], content["height"], control)
+    regions = to_regions(content["detections"], content["width"], content["height"], control)
     return prediction(model_version(content["model"], content["version"]), regions)
 
 

@@ -94,7 +94,8 @@ class Source:
             item = Item.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            return ToolError(f"item {id} is not as captures are: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            where = ".".join(map(str, first["loc"]))
+            return ToolError(f"item {id} is not as captures are: {f'{where}: ' if where else ''}{first['msg']}")
         name = _IMAGE.fullmatch(item.image)
         if item.id != id or name is None or name["id"] != id:
             return ToolError(f"item {id} names itself {item.id[:80]!r} and its picture {item.image[:80]!r}")

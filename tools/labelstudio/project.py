@@ -36,6 +36,11 @@ def set_up(studio: LabelStudio, title: str, classes: Sequence[str], backend: Bac
     """The project has a label for each of `classes` afterwards; what it has already is kept. Raises ToolError."""
     if not 3 <= len(title) <= 50:
         raise ToolError(f"project title {title!r} has {len(title)} characters; Label Studio takes 3 to 50")
+    # Before anything is written: a project with a label that is none can no longer be read.
+    for name in classes:
+        if not name.strip() or name != name.strip():
+            raise ToolError(f"class {name!r} is empty, or has spaces around it; give another name")
+    classes = list(dict.fromkeys(classes))
     project = studio.project(title)
     made = project is None
     if project is None:

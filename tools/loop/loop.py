@@ -5,15 +5,17 @@ In the folder of a loop:
     labelled/        all that was annotated, as `marina label pull` leaves it
     base/ID/         the data set that it is added to
     data/            both, as they were pushed
-    rounds/ID/       the pipeline of the data set with that id
-    judged           what of `labelled` the last pipeline has seen that came to its gate
+    rounds/ID/       the last pipeline, of the data set with that id
+    judged           what the last pipeline that came to its gate was asked
 """
 
 import hashlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from handlers.errors import MarinaError
@@ -43,35 +45,44 @@ class Loop:
             os.environ["AWS_ENDPOINT_URL"] = parameters.s3_endpoint
 
     def go_round(self, studio: LabelStudio) -> None:
-        """Does nothing where nothing was annotated since the last round that came to its gate. Raises ToolError where a
+        """Does nothing where all is as in the last round that came to its gate. Raises ToolError where a
         step fails, the gate too."""
         with alone(self._folder):
             pulled = pull(studio, self._project, self._folder / "labelled")
             _tell(f"annotations: {pulled.added} added, {pulled.changed} changed, {pulled.removed} removed")
-            digest = _digest(self._folder / "labelled")
+            store = Store(self._parameters.store)
             judged = self._folder / "judged"
-            if judged.is_file() and judged.read_text(encoding="ascii").strip() == digest:
-                _tell("nothing was annotated since the last round")
+            if judged.is_file() and judged.read_text(encoding="ascii").strip() == self._question(store):
+                _tell("neither annotations, nor parameters, nor the live model have changed since the last round")
                 return
-            state = self._train(Store(self._parameters.store))
-            # The same pictures would come to the same gate with the same figures.
+            state = self._train(store)
+            # The same would come to the same gate with the same figures.
             if state.failed in (None, "gate"):
                 with replacing(judged) as file:
-                    file.write(f"{digest}\n".encode())
+                    # After a promotion with another live model than before.
+                    file.write(f"{self._question(store)}\n".encode())
             if state.failed:
                 raise ToolError(f"step {state.failed} failed: {state.reason}")
 
+    @property
+    def _live(self) -> str:
+        return self._parameters.live or f"{self._parameters.model_name}@production"
+
+    def _question(self, store: Store) -> str:
+        """What a round answers, as a digest."""
+        base, live = store.find(self._parameters.dataset, "datasets"), store.find(self._live, "runs")
+        asked = [_digest(self._folder / "labelled"), base.id, live.id, self._parameters.model_dump_json()]
+        return hashlib.sha256("\n".join(asked).encode()).hexdigest()
+
     def _train(self, store: Store) -> State:
-        prepare(
-            PrepareSettings(
-                source=[self._base(store), self._folder / "labelled"], output=self._folder / "data", replace=True
-            )
-        )
-        pushed = store.push(self._folder / "data", f"{self._parameters.model_name}{SUFFIX}")
+        data, rounds = self._folder / "data", self._folder / "rounds"
+        prepare(PrepareSettings(source=[self._base(store), self._folder / "labelled"], output=data, replace=True))
+        pushed = store.push(data, f"{self._parameters.model_name}{SUFFIX}")
         _tell(f"data set: {pushed}")
-        live = self._parameters.live or f"{self._parameters.model_name}@production"
-        parameters = self._parameters.model_copy(update={"dataset": pushed.id, "live": live, "demo_pictures": 0})
-        return run_pipeline(parameters, self._folder / "rounds" / pushed.id, resume=False)
+        parameters = self._parameters.model_copy(update={"dataset": pushed.id, "live": self._live, "demo_pictures": 0})
+        # What an earlier round has made that is of use lies in the store.
+        shutil.rmtree(rounds, ignore_errors=True)
+        return run_pipeline(parameters, rounds / pushed.id, resume=False)
 
     def _base(self, store: Store) -> Path:
         """The data set that is added to."""
@@ -88,11 +99,17 @@ class Loop:
 def again_and_again(go_round: Callable[[], None], pause_s: float) -> None:
     """Never returns; what fails is told."""
     while True:
+        _tell(f"round of {_clock(datetime.now().astimezone())}")
         try:
             go_round()
         except MarinaError as error:
             print(f"marina: {error}", file=sys.stderr, flush=True)
+        _tell(f"the next round begins at {_clock(datetime.now().astimezone() + timedelta(seconds=pause_s))}")
         time.sleep(pause_s)
+
+
+def _clock(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S %Z}"
 
 
 def _digest(labelled: Path) -> str:

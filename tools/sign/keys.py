@@ -41,6 +41,8 @@ def make_keys(name: Path, passphrase: bytes | None) -> tuple[Path, Path, str]:
 
     passphrase: encrypts the private key. Raises ToolError rather than replace a file.
     """
+    if not name.name:
+        raise ToolError(f"NAME {str(name)!r} names no file; give one such as keys/team")
     private = Ed25519PrivateKey.generate()
     encryption = BestAvailableEncryption(passphrase) if passphrase else NoEncryption()
     secret = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
@@ -50,6 +52,7 @@ def make_keys(name: Path, passphrase: bytes | None) -> tuple[Path, Path, str]:
             raise ToolError(f"{path} is there already, and a key that is lost cannot be had again; give another NAME")
     for path, content, mode in zip(paths, (secret, pem_of(private.public_key())), (0o600, 0o644), strict=True):
         try:
+            path.parent.mkdir(0o700, parents=True, exist_ok=True)
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(content)
         except OSError as error:

@@ -16,6 +16,7 @@ from tools.store.contents import Contents, read_contents
 from tools.store.evidence import read_evidence
 from tools.store.manifest import (
     FORMAT,
+    GATED,
     ID,
     KINDS,
     Evidence,
@@ -90,7 +91,7 @@ class Store:
         if tag is not None:
             move = self.tags(kind, name).current(tag)
             if move is None:
-                raise ToolError(f"tag {tag} of {kind} {name} was never set; `marina store tag` or `promote` sets it")
+                raise ToolError(f"tag {tag} of {kind} {name} was never set; `{_setter(tag, kind, name)}` sets it")
             manifest = self.manifest(kind, name, move.id)
             if manifest is None:
                 raise ToolError(f"tag {tag} of {kind} {name} points to {move.id}, which is not in store {self.url}")
@@ -268,3 +269,11 @@ def _manifest(contents: Contents, evidence: Evidence | None) -> Manifest:
         created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         who=who(),
     )
+
+
+def _setter(tag: Tag, kind: Kind, name: str) -> str:
+    """The command that sets a tag."""
+    of = "" if kind == "archives" else f" --kind {kind}"
+    if tag == "production" and kind in GATED:
+        return f"marina store promote {name}{of} --to production"
+    return f"marina store tag {name} {tag}{of}"

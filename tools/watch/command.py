@@ -34,13 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-above",
         type=float,
         metavar="INDEX",
-        help="exit with 1 where a quantity has drifted and its index is above this; 0.1 is moderate, 0.25 large",
+        help="exit with 1 where a quantity has drifted and its index is above this, or nothing can be said; 0.1 is"
+        " moderate, 0.25 large",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 1 for drift that is not to be, else 0."""
-    from tools.watch.drift import as_document, as_table, compare
+    from tools.errors import ToolError
+    from tools.watch.drift import as_document, as_table, compare, is_told
+
+    if args.fail_above is not None and not args.fail_above >= 0:
+        raise ToolError(f"--fail-above {args.fail_above:g}: give 0 or more")
 
     baseline, counts = _compared(args)
     shifts = compare(baseline, counts)
@@ -50,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         print(as_table(baseline, counts, shifts))
     if args.fail_above is None:
         return 0
+    if not is_told(shifts):
+        raise ToolError("too few pictures to say anything; look again when there are more")
     return int(any(shift.drifted and (shift.index or 0) > args.fail_above for shift in shifts))
 
 

@@ -67,16 +67,21 @@ def _shift(name: str, known: Distribution, counts: Mapping[str, float]) -> Shift
     return Shift(name, round(n), index, known.chance * (1 / n + 1 / m), shares)
 
 
+def is_told(shifts: Sequence[Shift]) -> bool:
+    """Whether there was enough of anything to say something."""
+    return any(shift.index is not None for shift in shifts)
+
+
 def pictures_in(counts: Counts) -> int:
     return round(sum(counts.get(DETECTIONS, {}).values()))
 
 
 def as_document(baseline: Baseline, counts: Counts, shifts: Sequence[Shift]) -> dict[str, Any]:
-    """For programs. chance: the index stays below it while nothing has changed."""
+    """For programs. drift: null where nothing can be said. chance: the index stays below it while nothing changes."""
     return {
         "pictures": pictures_in(counts),
         "baseline_pictures": baseline.pictures,
-        "drift": any(shift.drifted for shift in shifts),
+        "drift": any(shift.drifted for shift in shifts) if is_told(shifts) else None,
         "quantities": [
             {
                 "quantity": shift.quantity,
@@ -109,7 +114,7 @@ def as_table(baseline: Baseline, counts: Counts, shifts: Sequence[Shift]) -> str
         changed = f"{_range(baseline.quantities[shift.quantity], shift.most)}: {before:.1%} -> {now:.1%}"
         lines.append(f"{line}  {changed}{'  DRIFT' if shift.drifted else ''}")
     drifted = [shift.quantity for shift in shifts if shift.drifted]
-    lines.append(f"drift: {', '.join(drifted) or 'none'}")
+    lines.append(f"drift: {', '.join(drifted) or ('none' if is_told(shifts) else 'unknown')}")
     return "\n".join(lines)
 
 

@@ -23,6 +23,8 @@ def find_pictures(folder: Path, what: str) -> list[Path]:
 
     what: the folder's part, for errors. Raises ToolError for a folder that is missing or without pictures.
     """
+    if folder.is_file():
+        raise ToolError(f"{what} {folder} is a file; give the folder that it lies in")
     if not folder.is_dir():
         raise ToolError(f"{what} {folder} is not there; give a folder of pictures or a prepared data set")
     if (folder / INFO).is_file():

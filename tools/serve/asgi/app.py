@@ -20,10 +20,16 @@ if TYPE_CHECKING:
 BODY_S = 30
 LEAST_FLOW = 64_000
 
+# TorchServe's: an answer is of its moment.
+_NOT_KEPT = (
+    (b"pragma", b"no-cache"),
+    (b"cache-control", b"no-cache; no-store, must-revalidate, private"),
+    (b"expires", b"Thu, 01 Jan 1970 00:00:00 UTC"),
+)
 _NAME = r"(?P<model>[^/:]+)"
 # The kinds of routes, and whether the query becomes options, as TorchServe has it.
 _ROUTES = (
-    (re.compile(rf"/predictions/{_NAME}(/(?P<version>[^/]+))?"), False),
+    (re.compile(rf"/predictions/{_NAME}(/(?P<version>[^/]+))?/?"), False),
     (re.compile(rf"/(?P<explain>explanations)/{_NAME}(/(?P<version>[^/]+))?"), False),
     (re.compile(rf"/v1/models/{_NAME}:predict"), False),
     (re.compile(rf"/models/{_NAME}(/(?P<version>[^/]+))?/invoke"), True),
@@ -169,7 +175,7 @@ class _Body:
 
 
 async def _give(send: "Send", reply: Reply, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    told: list[Any] = [*headers, (b"content-type", reply.content_type.encode())]
+    told: list[Any] = [*headers, *_NOT_KEPT, (b"content-type", reply.content_type.encode())]
     told.append((b"content-length", str(len(reply.body)).encode()))
     if reply.retry_after is not None:
         told.append((b"retry-after", str(reply.retry_after).encode()))

@@ -10,6 +10,7 @@ client never waits.
 """
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -130,6 +131,8 @@ def main() -> None:
     connection = Connection(socket.socket(fileno=int(sys.argv[1])))
     from handlers.lean_import import import_torchvision
 
+    # What TorchServe has its workers say too; the front puts the model's name before it.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     import_torchvision()
     from handlers.metrics import COUNTERS
     from handlers.worker import Worker
