@@ -255,7 +255,7 @@ def test_a_label_that_is_none_is_refused_before_anything_is_made(studio: LabelSt
 
 
 def test_a_label_named_twice_is_one(studio: LabelStudio) -> None:
-    assert set_up(studio, "twice", ["circle", "moon", "moon"]).labels == ("circle", "moon")
+    assert set_up(studio, "two moons", ["circle", "moon", "moon"]).labels == ("circle", "moon")
 
 
 def test_annotators_get_live_predictions_of_the_served_model(
