@@ -11,7 +11,7 @@ from tools.train.config import SECTION, TrainSettings, read_config
 from tools.train.launch import launch, launched, place, processes_wanted
 from tools.train.run import check_start, check_unfinished, new_run
 
-SPEAK_FIRST_S = 5.0
+SPEAK_FIRST_S = 20.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
