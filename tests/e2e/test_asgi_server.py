@@ -352,14 +352,20 @@ def test_what_was_vetted_is_what_is_served(engine: type[ModelServer], tmp_path: 
     assert vetted == [before] and answers == ["one"]
 
 
-def test_what_is_refused_is_not_started(tmp_path: Path) -> None:
+def test_what_is_refused_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_archive(tmp_path / "m.mar", "m")
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
 
     def vet(paths: Sequence[Path]) -> None:
         raise ToolError("no")
 
     server = AsgiServer(tmp_path, port=0, vet=vet)
     with pytest.raises(ToolError, match=r"^no$"):
+        server.start()
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(ToolError, match="cannot be copied"):
         server.start()
     with pytest.raises(ToolError, match="is not running"):
         _ = server.folder

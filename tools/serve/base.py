@@ -232,7 +232,12 @@ class ModelServer(ABC, Generic[OutputT]):
         copies.mkdir()
         for served in self.archives:
             for path in (served.path, *companions(served.path)):
-                shutil.copyfile(path, copies / path.name)
+                try:
+                    shutil.copyfile(path, copies / path.name)
+                except OSError as error:
+                    raise ToolError(
+                        f"{path} cannot be copied to {copies} ({error.strerror}); make room there"
+                    ) from error
         vet([copies / served.path.name for served in self.archives])
         self.archives = find_archives(copies)
 
