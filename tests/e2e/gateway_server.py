@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-import httpx
 import yaml
 
 from tools.gateway.auth import new_key
@@ -107,15 +106,7 @@ class GatewayProcess:
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip().removesuffix("/docs")
         assert self.url, self.log
-        until(self._answers, "the gateway answers")
         return self
-
-    def _answers(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/healthz").status_code == 200
-        except httpx.TransportError:
-            assert self.process is not None and self.process.poll() is None, self.log
-            return False
 
     @property
     def log(self) -> str:

@@ -5,19 +5,13 @@ import logging
 import ssl
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from handlers.errors import MarinaError
 from tools.config import add_flags, settle
 from tools.errors import ToolError
 from tools.gateway.settings import Flags, Settings, Video
 from tools.serve.command import is_loopback
 from tools.serve.process import bindable_port
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-GRACE_S = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +36,8 @@ def run(args: argparse.Namespace) -> int:
     _check_tls(settings)
     if settings.no_auth and not is_loopback(settings.host):
         _tell(f"WARNING: --no-auth on {settings.host}: everyone who can reach this machine can use the models")
-    import uvicorn
-
     from tools.gateway.app import create_app
-    from tools.gateway.protocol import GuardedProtocol
+    from tools.gateway.server import serve
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     logging.getLogger("tools.gateway").setLevel(logging.INFO)
@@ -54,28 +46,7 @@ def run(args: argparse.Namespace) -> int:
     port = bindable_port(settings.host, settings.port)
     if settings.grpc_port is not None:
         settings = settings.model_copy(update={"grpc_port": bindable_port(settings.host, settings.grpc_port)})
-        print(f"gRPC  {settings.host}:{settings.grpc_port}" + ", TLS" * bool(settings.tls_key), flush=True)
-    app = _Starting(create_app(settings))
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=port,
-        http=GuardedProtocol,
-        ws="none",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        ssl_certfile=settings.tls_certificate,
-        ssl_keyfile=settings.tls_key,
-        timeout_graceful_shutdown=GRACE_S,
-    )
-    print(f"{'https' if settings.tls_key else 'http'}://{settings.host}:{port}/docs", flush=True)
-    try:
-        uvicorn.Server(config).run()
-    except SystemExit:
-        if app.failure is None:
-            raise
-        raise app.failure from None
+    serve(create_app(settings), settings, port)
     return 0
 
 
@@ -93,28 +64,6 @@ def _check_tls(settings: Settings) -> None:
             f"tls_certificate {settings.tls_certificate} and tls_key {settings.tls_key} cannot be used together"
             f" ({error.strerror or error}); give the two as PEM, the key without a password"
         ) from error
-
-
-class _Starting:
-    """Keeps what hinders the application from starting, which uvicorn would print as a stack trace."""
-
-    def __init__(self, app: "ASGIApp"):
-        self._app = app
-        self.failure: MarinaError | None = None
-
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        if scope["type"] != "lifespan":
-            await self._app(scope, receive, send)
-            return
-
-        async def quietly(message: "Message") -> None:
-            failure = sys.exception()
-            if isinstance(failure, MarinaError):
-                self.failure = failure
-                message = {"type": message["type"]}
-            await send(message)
-
-        await self._app(scope, receive, quietly)
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
