@@ -87,7 +87,7 @@ def test_the_table_compares_medians() -> None:
     assert lines[-1].split()[:7] == ["marina,", "onnx", "fp32", "square", "30.00", "3.00", "1.50"]
     assert lines[-1].split()[-1] == "3.0"
     assert lines[-5].split()[2:4] == ["10.00", "1.00"]
-    assert lines[-3].endswith("not there: litserve is not installed")
+    assert lines[-3].endswith("left out: litserve is not installed")
     assert lines[-2].endswith("FAILED: answers 500")
     assert report.failures == ["mosec: answers 500"]
     assert report.as_bars() == {STOCK: 10, "fastapi": 20, "marina, onnx fp32 square": 30}

@@ -12,6 +12,7 @@ from tools.bench.load import LoadFailure, run_load
 from tools.bench.peers.compare import check_equal
 from tools.bench.peers.start import detections, stock
 from tools.cli import main
+from tools.serve import ENGINES
 from tools.serve.server import TorchServe
 
 pytestmark = [
@@ -20,24 +21,27 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 def test_an_archive_is_served_and_loaded(
-    shapes_server: TorchServe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engine: str, shapes_server: TorchServe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive = shapes_server.archives[0].path
-    arguments = ["bench", "serve", str(archive), "--concurrency", "2", "--seconds", "5", "--warmup", "1"]
+    arguments = ["bench", "serve", str(archive), "--engine", engine]
+    arguments += ["--concurrency", "2", "--seconds", "5", "--warmup", "1"]
     assert main([*arguments, "--report", str(tmp_path / "a.json"), "--chart", str(tmp_path / "a.png")]) == 0
     report = json.loads((tmp_path / "a.json").read_text())
     (row,) = report["rows"]
     load, usage = row["measured"]["load"], row["measured"]["usage"]
     assert load["requests"] > 0
     assert load["images_per_s"] == pytest.approx(load["requests"] / load["seconds"], rel=0.01)
-    # The JVM and the archive's one worker.
+    # What takes the requests, and the archive's one worker.
     assert [process["name"] for process in usage] == ["front", "worker"]
     assert all(process["cpu_seconds"] > 0 for process in usage)
     assert all(process["rss"] > process["uss"] > 50_000_000 for process in usage)
     assert row["bare"]["1 bare loop"] > 0
     assert "640x480" in report["pictures"][0]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert report["server"] == f"shapes 1.0, {engine}, 1 worker(s)"
     assert f"{load['images_per_s']:.2f}" in capsys.readouterr().out
 
 

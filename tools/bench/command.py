@@ -20,6 +20,7 @@ from typing import Any
 
 from handlers.settings import PRECISIONS
 from tools.errors import ToolError
+from tools.serve import ENGINES as SERVE_ENGINES
 
 ENGINES = ("torch", "onnx", "openvino", "aoti")
 
@@ -46,6 +47,12 @@ def _add_handler(parser: argparse.ArgumentParser) -> None:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("archive", type=Path, nargs="?", help="served for the time of the measurement")
+    parser.add_argument(
+        "--engine",
+        choices=SERVE_ENGINES,
+        default=SERVE_ENGINES[0],
+        help="what serves ARCHIVE, as of `marina serve`; default: %(default)s",
+    )
     parser.add_argument("--url", help="instead: a model on a server, as http://127.0.0.1:8080/predictions/NAME")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds the token of the server at --url")
     parser.add_argument(
@@ -167,7 +174,7 @@ def _serve(args: argparse.Namespace) -> Any:
     if args.archive:
         if args.token_file:
             raise ToolError("--token-file goes with --url; a server of our own has its own token")
-        return bench_archive(args.archive, args.image, args.concurrency, args.seconds, args.warmup)
+        return bench_archive(args.archive, args.image, args.concurrency, args.seconds, args.warmup, args.engine)
     if not args.image:
         raise ToolError("a server at --url gets pictures of yours: give one or more with --image FILE")
     target = Target(args.url, _token(args.token_file))

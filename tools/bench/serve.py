@@ -14,7 +14,11 @@ from tools.bench.pictures import described, given_pictures, golden_picture
 from tools.bench.table import table
 from tools.bench.usage import COLUMNS, Usage, columns, metered
 from tools.progress import Progress
+from tools.serve import ENGINES
+from tools.serve.asgi.server import AsgiServer
 from tools.serve.server import TorchServe
+
+SERVERS = dict(zip(ENGINES, (TorchServe, AsgiServer), strict=True))
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,14 @@ class ServeReport:
 
 
 @contextmanager
-def served(archive: Path) -> Iterator[Target]:
-    """`marina serve` of one archive, on ports of its own. Raises ToolError or BadArchive when it does not come up."""
+def served(archive: Path, engine: str = ENGINES[0]) -> Iterator[Target]:
+    """`marina serve --engine` of one archive, on ports of its own. Raises ToolError or BadArchive when it does not come
+    up."""
     with open_archive(archive) as opened:
         name = opened.name
     with tempfile.TemporaryDirectory(prefix="marina-") as store:
         (Path(store) / "served.mar").symlink_to(archive.absolute())
-        with TorchServe(Path(store), port=0) as server:
+        with SERVERS[engine](Path(store), port=0) as server:
             yield Target(server.prediction_url(name), server.token, server.pid)
 
 
@@ -117,9 +122,9 @@ def serve_and_load(archive: Path, bodies: Sequence[bytes], connections: int, sec
 
 
 def bench_archive(
-    path: Path, images: Sequence[Path], concurrency: Sequence[int], seconds: int, warmup: int
+    path: Path, images: Sequence[Path], concurrency: Sequence[int], seconds: int, warmup: int, engine: str
 ) -> ServeReport:
-    """Serve an archive and load it, each time beside its engine in plain loops.
+    """Serve an archive by one of `SERVERS` and load it, each time beside its engine in plain loops.
 
     The loops: one process with all cores, and as many processes as the archive has workers, with as many threads.
     images: the pictures to send in turn; the first golden one without any. Raises ToolError or BadArchive.
@@ -133,9 +138,9 @@ def bench_archive(
         for count in sorted({1, workers}):
             engines = [stack.enter_context(Engine(path, bodies, count)) for _ in range(count)]
             loops[f"{count} bare loop{'s' if count > 1 else ''}"] = engines
-        target = stack.enter_context(served(path))
+        target = stack.enter_context(served(path, engine))
         rows = _rows(target, bodies, concurrency, seconds, warmup, loops)
-    return ServeReport(f"{title}, {workers} worker(s)", [described(body) for body in bodies], seconds, rows)
+    return ServeReport(f"{title}, {engine}, {workers} worker(s)", [described(body) for body in bodies], seconds, rows)
 
 
 def bench_url(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tools.errors import ToolError
+from tools.serve import ENGINES
 from tools.serve.asgi.server import AsgiServer
 from tools.serve.base import GRACE_S, LOOPBACK, Interrupted, ModelServer
 from tools.serve.server import TorchServe
@@ -25,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", metavar="NAME", help="serve these only (default: every archive)")
     parser.add_argument(
         "--engine",
-        choices=("torchserve", "asgi"),
-        default="torchserve",
+        choices=ENGINES,
+        default=ENGINES[0],
         help="what serves: TorchServe, or our own server without Java, for the same archives, with the same answers;"
         " it takes archives of Marina alone, has no gRPC and no management port, and wants the extra `gateway`"
         " (default: %(default)s)",

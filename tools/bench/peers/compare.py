@@ -20,22 +20,38 @@ from tools.bench.engines import build_variant, name_of, variant
 from tools.bench.peers.network import write_network
 from tools.bench.peers.start import OTHERS, STOCK, STOCK_THREADS, detections, peer, stock
 from tools.bench.pictures import described, given_pictures
-from tools.bench.serve import Measured, Target, load_target, served
+from tools.bench.serve import SERVERS, Measured, Target, load_target, served
 from tools.bench.table import table
 from tools.bench.usage import COLUMNS, columns
 from tools.errors import ToolError
 from tools.progress import Progress
 
+
+@dataclass(frozen=True)
+class Ours:
+    """One of our archives. shape: of what its network sees. engines: what serves it, of `marina serve`."""
+
+    runtime: Runtime
+    shape: str
+    engines: tuple[str, ...] = ("torchserve",)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What it is called under each engine."""
+        name = f"marina, {name_of(self.runtime)} {self.shape}"
+        return {engine: name if engine == "torchserve" else f"{name}, {engine}" for engine in self.engines}
+
+
 ONNX = Runtime("onnx")
 OURS = (
-    (ONNX, "square"),
-    (Runtime("openvino", "fp32", "fixed"), "square"),
-    (Runtime("openvino", "bf16", "fixed"), "square"),
-    (Runtime("openvino", "int8", "fixed"), "square"),
-    (ONNX, "rect"),
-    (Runtime("openvino", "fp32"), "rect"),
-    (Runtime("openvino", "bf16"), "rect"),
-    (Runtime("openvino", "int8"), "rect"),
+    Ours(ONNX, "square", tuple(SERVERS)),
+    Ours(Runtime("openvino", "fp32", "fixed"), "square"),
+    Ours(Runtime("openvino", "bf16", "fixed"), "square"),
+    Ours(Runtime("openvino", "int8", "fixed"), "square"),
+    Ours(ONNX, "rect", tuple(SERVERS)),
+    Ours(Runtime("openvino", "fp32"), "rect"),
+    Ours(Runtime("openvino", "bf16"), "rect"),
+    Ours(Runtime("openvino", "int8"), "rect"),
 )
 # Between resizers, scores and places differ a little: clear detections must be found by all of one shape, at nearly the
 # same place. Int8 is judged by its mAP, at build; here it must find the same things.
@@ -131,7 +147,7 @@ def _cells(row: PeerRow, bases: Sequence[float]) -> list[str]:
     if row.failure:
         return [row.name, f"FAILED: {row.failure}"]
     if not row.rounds:
-        return [row.name, f"not there: {row.missing}"]
+        return [row.name, f"left out: {row.missing}"]
     middle = sorted(row.rounds, key=lambda each: each.load.images_per_s)[len(row.rounds) // 2]
     latencies = ((each.load.p50_ms, each.load.p90_ms, each.load.p99_ms) for each in row.rounds)
     return [
@@ -171,7 +187,7 @@ def bench_peers(
         measured = _load_by_turns(targets, bodies, connections, seconds, warmup, rounds, failures)
     rows = [
         PeerRow(name, measured.get(name, []), first.get(name), missing.get(name), failures.get(name))
-        for name in [STOCK, STOCK_THREADS, *OTHERS, *(_our_name(*ours) for ours in OURS)]
+        for name in [STOCK, STOCK_THREADS, *OTHERS, *(name for ours in OURS for name in ours.names.values())]
     ]
     return PeersReport(recipe.name, [described(body) for body in bodies], connections, seconds, rounds, rows)
 
@@ -226,10 +242,6 @@ def _load_by_turns(
     return measured
 
 
-def _our_name(runtime: Runtime, shape: str) -> str:
-    return f"marina, {name_of(runtime)} {shape}"
-
-
 def _contenders(
     recipe: Recipe,
     weights: Path | None,
@@ -259,15 +271,17 @@ def _contenders(
     ours = []
     with Progress("building", len(OURS), unit="archives") as progress:
         progress.show()
-        for runtime, shape in OURS:
-            name = _our_name(runtime, shape)
-            tried = variant(recipe, runtime, shape, **changes)
+        for number, each in enumerate(OURS):
+            tried = variant(recipe, each.runtime, each.shape, **changes)
             try:
-                built = build_variant(tried, folder / f"{name}.mar", weights, calibration).path
-                tolerance = INT8 if runtime.precision == "int8" else FLOAT
-                ours.append(Contender(name, partial(served, built), shape, tolerance))
+                built = build_variant(tried, folder / f"{number}.mar", weights, calibration).path
+                tolerance = INT8 if each.runtime.precision == "int8" else FLOAT
+                ours += [
+                    Contender(name, partial(served, built, engine), each.shape, tolerance)
+                    for engine, name in each.names.items()
+                ]
             except MarinaError as error:
-                missing[name] = str(error)
+                missing |= dict.fromkeys(each.names.values(), str(error))
             progress.advance()
     network = folder / "network.onnx"
     write_network(plain, network)
