@@ -102,6 +102,10 @@ def export_network(detector: Detector, settings: Settings, folder: Path, picture
         else:
             name = "model.onnx"
             _write_onnx(network, folder / name, settings, outputs)
+            if outputs == ROWS:
+                from tools.export.concatenations import split_concatenations
+
+                split_concatenations(folder / name)
     single = fixed or outputs == FLAT
     sides = None
     if isinstance(detector, TorchvisionDetector):
