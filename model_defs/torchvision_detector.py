@@ -21,14 +21,16 @@ class Family(NamedTuple):
 
     class_key: the state dict entry whose first dimension is classes x `class_factor`.
     post: the submodule with torchvision's thresholds ("" for the model itself).
+    heads: the submodules behind the backbone that have layers.
     """
 
     class_key: str
     class_factor: int
     post: str = ""
+    heads: tuple[str, ...] = ("head",)
 
 
-FASTER_RCNN = Family("roi_heads.box_predictor.cls_score.bias", 1, "roi_heads")
+FASTER_RCNN = Family("roi_heads.box_predictor.cls_score.bias", 1, "roi_heads", ("rpn.head", "roi_heads.box_predictor"))
 RETINANET = Family("head.classification_head.cls_logits.bias", 9)  # anchors a cell
 FCOS = Family("head.classification_head.cls_logits.bias", 1)
 SSD300 = Family("head.classification_head.module_list.0.bias", 4)  # anchors a cell of the first level
@@ -74,6 +76,15 @@ class Pyramid(nn.Module):
         return OrderedDict(zip(names, results, strict=True))
 
 
+def _in_float32(module: nn.Module, given: Any, output: Any) -> Any:
+    """A forward hook: the tensors that a module gives, in whatever it keeps them."""
+    if isinstance(output, Tensor):
+        return output.float()
+    if isinstance(output, dict):
+        return {name: _in_float32(module, given, value) for name, value in output.items()}
+    return type(output)(_in_float32(module, given, value) for value in output)
+
+
 # torchvision's names for what is the handler's work, with and without the prefix of Faster R-CNN.
 POSTPROCESSING = {
     f"{prefix}{name}" for prefix in ("", "box_") for name in ("score_thresh", "nms_thresh", "detections_per_img")
@@ -101,6 +112,9 @@ class TorchvisionDetector(Detector):
             for module in self.model.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eps = batch_norm_eps
+        # Of bf16's eight bits, anchors and boxes would be off by pixels, and torchvision's NMS has no use for it.
+        for name in ("backbone", *self._family.heads):
+            self.model.get_submodule(name).register_forward_hook(_in_float32)
         post = self.model.get_submodule(self._family.post)
         # An IoU is never above 1: nothing is suppressed before the handler does it.
         post.nms_thresh, post.detections_per_img = 1.0, NO_LIMIT

@@ -60,7 +60,8 @@ def test_handler_refuses_in_one_line(shapes: Path, tmp_path: Path, capsys: pytes
         (["--image", str(tmp_path / "none.jpg")], "none.jpg cannot be read"),
         (["--image", str(text)], "which is no JPEG"),
         (["--threads", "4096"], "--threads is 4096"),
-        (["--runs", "1", "--report", str(tmp_path / "none" / "a.json")], "cannot be written"),
+        (["--report", str(tmp_path / "none" / "a.json"), "--image", str(text)], "a.json cannot be written"),
+        (["--report", str(tmp_path)], "cannot be written"),
     ):
         assert main(["bench", "handler", str(shapes), *arguments]) == 1
         error = capsys.readouterr().err

@@ -3,6 +3,7 @@
 import argparse
 import json
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -228,3 +229,13 @@ def test_a_server_that_goes_down_leaves_no_half_video(server, folder, tmp_path):
     with pytest.raises(ToolError, match="the connection was lost"):
         predict(server, folder / "d.mp4", "--save", tmp_path / "out", "--concurrency", 1)
     assert [path for path in (tmp_path / "out").iterdir() if path.is_file()] == []
+
+
+@pytest.mark.parametrize("arguments", [(), ("--format", "jsonl"), ("--format", "coco")])
+def test_a_full_disk_is_one_line(server, folder, arguments, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(ToolError, match=r"the output cannot be written \(No space left on device\); make room"):
+            predict(server, folder, *arguments)
+        # Or Python would complain once more at its end.
+        assert full.closed

@@ -67,6 +67,7 @@ def test_a_wrong_file_is_one_line_that_names_it(file, content, message):
     file.write_text(content)
     with pytest.raises(ToolError) as caught:
         settled("--config", str(file))
+    assert str(caught.value).count("config ") == 1
     assert message in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 

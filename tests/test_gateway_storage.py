@@ -95,7 +95,10 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space"):
         storage.put("a/one", b"new")
+    with pytest.raises(OSError, match="No space"):
+        storage.put("b/one", b"new")
     monkeypatch.undo()
+    assert not (tmp_path / "b").exists()
     assert storage.get("a/one") == b"old" and [path.name for path in (tmp_path / "a").iterdir()] == ["one"]
 
 

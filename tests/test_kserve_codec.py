@@ -238,14 +238,19 @@ def test_raw_contents_of_grpc_arrive_bit_by_bit():
                 {"name": "images", "datatype": "FP32", "shape": IMAGES.shape},
                 {"name": "pictures", "datatype": "BYTES", "shape": [1]},
             ],
-            parameters={"score_threshold": {"string_param": "0.5"}, "max_detections": {"int64_param": 3}},
+            parameters={
+                "score_threshold": {"string_param": "0.5"},
+                "max_detections": {"int64_param": 3},
+                "iou_threshold": {"double_param": 0.25},
+                "priority": {"uint64_param": 7},
+            },
             outputs=[{"name": "boxes"}],
             raw_input_contents=[IMAGES.tobytes(), struct.pack("<I", len(PICTURE)) + PICTURE],
         )
     )
 
     assert [tensor.data for tensor in read.inputs] == [IMAGES.tobytes(), [PICTURE]]
-    assert read.parameters == {"score_threshold": "0.5", "max_detections": 3}
+    assert read.parameters == {"score_threshold": "0.5", "max_detections": 3, "iou_threshold": 0.25, "priority": 7}
     assert (read.id, read.outputs) == ("seven", ["boxes"])
 
 

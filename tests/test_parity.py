@@ -126,6 +126,8 @@ def test_the_report_says_the_worst_of_all_pictures() -> None:
         " 2 gained, 1 lost; mAP50-95 0.3500, of torch 0.3602"
     )
     assert "not compared" in Report([], None).line()
+    assert "nothing is proven" in Report([SAME._replace(detections=0)] * 2, None).line()
+    assert "0 detections" in Report([SAME._replace(detections=0, gained=1)], None).line()
 
 
 def test_calibration_takes_pictures_of_every_format_and_nothing_else(tmp_path: Path) -> None:

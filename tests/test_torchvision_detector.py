@@ -261,3 +261,22 @@ def test_check_size_takes_anything_where_the_size_is_fixed(ssdlite):
         ssdlite.check_size(*size)
         with torch.inference_mode():
             ssdlite.candidates(torch.zeros(1, 3, *size), 0.5)
+
+
+@pytest.mark.parametrize("definition", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_boxes_are_float32_whatever_the_layers_compute_in(definition, dtype):
+    detector = build(definition, 3).eval()
+    load_state(detector, weights(detector.state_dict(), conv_gain=1.3))
+    anchors = []
+    generator = detector.model.rpn.anchor_generator if "faster" in definition else detector.model.anchor_generator
+    generator.register_forward_hook(lambda *call: anchors.append(call[-1][0]))
+    image = torch.from_numpy(scene(320, 320)).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        detector.candidates(image, 0.01)
+        with torch.autocast("cpu", dtype):
+            (found,) = detector.candidates(image, 0.01)
+    assert len(found.scores) and found.boxes.dtype == found.scores.dtype == torch.float32
+    assert torch.equal(*anchors)
+    options = Options(0.01, 0.5, 100, class_agnostic=False, classes=None, format="detections")
+    assert len(select(found, options).scores)

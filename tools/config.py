@@ -40,7 +40,11 @@ def settle(args: argparse.Namespace, kind: type[Kind], section: str) -> Kind:
     content: dict[str, Any] = {}
     if args.config is not None:
         try:
-            content = dict(read_yaml(args.config, "config").get(section) or {})
+            document = read_yaml(args.config, "config")
+        except ValueError as error:
+            raise ToolError(str(error)) from error
+        try:
+            content = dict(document.get(section) or {})
             for name in content:
                 if name in kind.model_fields:
                     content[name] = _resolve(kind.model_fields[name].annotation, content[name], args.config.parent)

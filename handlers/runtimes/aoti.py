@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._C._aoti import AOTIModelPackageLoader
 
 from handlers.errors import BadArchive
 from handlers.runtimes.exported import ExportedNetwork
@@ -27,14 +28,13 @@ def load(folder: Path, settings: Settings, num_labels: int, device: torch.device
             f"{settings.weights} was compiled for {settings.exported.machine}, but this is {machine()}; build the"
             " archive on such a machine, or with another backend"
         )
-    from torch._inductor import aoti_load_package
-
     try:
-        compiled = aoti_load_package(str(folder / settings.weights))
+        # What torch.export.pt2_archive wraps. The wrapper first compiles test programs to learn what the processor can.
+        compiled = AOTIModelPackageLoader(str(folder / settings.weights), "model", False, 1, -1)
     except RuntimeError as error:
         raise BadArchive(f"{settings.weights} cannot be loaded ({str(error).partition(chr(10))[0]})") from error
 
     def run(images: Tensor, threshold: Tensor) -> Sequence[Tensor]:
-        return compiled(images, threshold)
+        return compiled.run([images, threshold])
 
     return ExportedNetwork(settings.exported, run)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from tools.export.parity import Report
 
 WEIGHTS = "model.safetensors"
+# Last parts of the names of what a state dict holds beside parameters.
+BUFFERS = frozenset({"running_mean", "running_var", "num_batches_tracked", "anchors"})
 LABELS = "index_to_name.json"
 CONFIG = "model-config.yaml"
 HANDLER = "detection_handler.py"
@@ -328,7 +330,9 @@ def _provenance(recipe: Recipe, source: Path, checkpoint: Checkpoint, samples: C
             "file": source.name,
             "sha256": sha256_of(source),
             "kind": checkpoint.kind,
-            "parameters": sum(tensor.numel for tensor in checkpoint.tensors.values()),
+            "parameters": sum(
+                tensor.numel for name, tensor in checkpoint.tensors.items() if name.rpartition(".")[2] not in BUFFERS
+            ),
         },
         "marina": {"version": metadata.version("marina"), "revision": _revision()},
     }

@@ -145,6 +145,10 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table and writes the files. Returns 1 when something failed under load, 0 otherwise."""
+    for path in (args.report, getattr(args, "chart", None)):
+        # Measuring takes minutes.
+        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ToolError(f"{path} cannot be written; name a file in a folder that is there and can be written to")
     report = ACTIONS[args.action](args)
     print(report.as_table())
     if args.report:

@@ -48,11 +48,25 @@ class Run:
                         self._take_all(answers, outputs)
                 except KeyboardInterrupt:
                     interrupted = True
+            sys.stdout.flush()
         except ToolError as error:
             # Such as a film that has no frame yet.
             if not interrupted:
                 raise
             self._tell(str(error))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            try:
+                sys.stdout.flush()
+            except OSError:
+                # Lest Python tries, and complains, once more at its end.
+                with suppress(OSError):
+                    sys.stdout.close()
+            raise ToolError(
+                f"{error.filename or 'the output'} cannot be written ({error.strerror or error}); make room, or write"
+                " elsewhere"
+            ) from error
         self._end_film()
         told = f"{self.pictures} pictures, {self.detections} detections"
         self._tell(told + (f"; {self.failures} without an answer" if self.failures else ""))

@@ -62,7 +62,8 @@ def read_calibration(folder: Path | None, runtime: Runtime) -> Calibration:
             )
         return Calibration()
     if not folder.is_dir():
-        raise ToolError(f"calibration folder {folder} is not there; give a folder of pictures or a prepared data set")
+        problem = "is no folder" if folder.exists() else "is not there"
+        raise ToolError(f"calibration folder {folder} {problem}; give a folder of pictures or a prepared data set")
     if (folder / INFO).is_file():
         dataset = read_dataset(folder)
         pictures = [picture for split in SPLITS for picture in dataset.splits.get(split, ())]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torchvision.ops import box_iou
 
-from handlers.errors import RequestError
+from handlers.errors import ModelFailure, RequestError
 from handlers.pipeline import Pipeline
 from model_defs.contract import Detections
 from tools.archive.recipe import Parity
@@ -93,6 +93,11 @@ class Report:
         """For people."""
         if not self.differences:
             return "parity: not compared with torch in fp32; give the recipe golden pictures, or --calibration DIR"
+        if not self.detections + self.gained:
+            return (
+                f"parity: nothing is found on any of {len(self.differences)} pictures, so nothing is proven; give"
+                " pictures with objects, as golden ones or with --calibration DIR"
+            )
         text = (
             f"parity with torch in fp32 on {len(self.differences)} pictures, {self.detections} detections: lowest IoU"
             f" {min(each.iou for each in self.differences):.4f}, largest score difference"
@@ -137,6 +142,8 @@ def compare(
 
 def _answer(pipeline: Pipeline, name: str, body: bytes) -> Detections:
     (answer,) = pipeline.detect([body], pipeline.defaults)
+    if isinstance(answer, ModelFailure):
+        raise ToolError(f"{name} cannot be compared: the network fails on it, as told above; take another runtime")
     if isinstance(answer, RequestError):
         raise ToolError(f"{name} cannot be compared: {answer}; take it out")
     return answer

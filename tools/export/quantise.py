@@ -23,6 +23,7 @@ def quantise(model: Any, pictures: "Pictures") -> Any:
 
     There boxes are decoded: 256 steps over a whole picture would be several pixels each.
     """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA
     import nncf
 
     # Its own set_log_level sets the handlers too, which may be those of the whole process.

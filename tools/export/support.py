@@ -37,10 +37,15 @@ def check_runtime(definition: str, runtime: Runtime, preprocess: Preprocess, dev
         raise BadSettings(
             f"runtime.backend is {backend}, but {definition} cannot be exported to it; these can: {', '.join(able)}"
         )
-    if definition != "yolov5" and (runtime.precision, runtime.shape) not in (("fp32", "dynamic"), ("bf16", "dynamic")):
+    if definition != "yolov5" and runtime.precision not in ("fp32", "bf16"):
         raise BadSettings(
-            f"runtime is {runtime.precision} and {runtime.shape}, but {definition} is exported in fp32 or bf16 for"
-            " pictures of any size; leave shape out, or take yolov5"
+            f"runtime.precision is {runtime.precision}, but {definition} is exported in fp32 and bf16 alone; take one"
+            " of these, or yolov5"
+        )
+    if definition != "yolov5" and runtime.shape != "dynamic":
+        raise BadSettings(
+            f"runtime.shape is {runtime.shape}, but {definition} is exported for pictures of any size; leave shape out,"
+            " or take yolov5"
         )
     if runtime.shape == "fixed" and preprocess.shape != "square":
         raise BadSettings(

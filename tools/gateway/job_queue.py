@@ -150,7 +150,7 @@ class JobQueue:
         unfinished = sum(not record.finished for record in self._jobs.values())
         if unfinished + self._arriving >= self._settings.queue:
             raise GatewayError(
-                503, "QueueFull", f"{self._settings.queue} videos wait already; try again later", FULL_RETRY_S
+                503, "QueueFull", f"{self._settings.queue} videos wait or run already; try again later", FULL_RETRY_S
             )
         folder = self._folder / job
         self._arriving += 1

@@ -4,7 +4,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -42,7 +42,8 @@ class Storage:
         except (StorageDown, ValueError, ImportError) as error:
             raise ToolError(f"storage {url} cannot be used: {error}") from error
         except FileNotFoundError as error:
-            raise ToolError(f"storage {url} cannot be used: there is no such bucket ({error})") from error
+            problem = "its folder cannot be made" if self._is_folder else "there is no such bucket"
+            raise ToolError(f"storage {url} cannot be used: {problem} ({error})") from error
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -74,8 +75,12 @@ class Storage:
         try:
             temporary.write_bytes(body)
             os.replace(temporary, path)
-        finally:
+        except OSError:
             temporary.unlink(missing_ok=True)
+            # On a full disk a folder may be all that came of it.
+            with suppress(OSError):
+                folder.rmdir()
+            raise
 
     def get(self, name: str) -> bytes | None:
         """None where nothing has that name."""

@@ -17,7 +17,7 @@ from tools.report.boxes import class_colour
 INK = "#282c30"
 FAINT = "#8a929a"
 BLUE = "#0072b2"
-LONGEST_NAME = 28  # characters
+LONGEST_NAME = 36  # characters
 MOST_NAMED = 12  # curves in a legend
 FEWEST_BARS = 5  # that a chart has room for, lest a lone one be a slab
 MOST_OVERLAID = 3000  # boxes: more would be one smear

@@ -38,7 +38,7 @@ class VideoWriter:
     a second, for the coder's plans; each frame is shown at its own time. audio_from: a video file whose first sound
     track is taken over as it is, or as AAC where MP4 cannot hold its codec; its times and the frames' share one zero.
 
-    Raises ToolError where the file cannot be written, a frame has another size, or none was written.
+    Raises ToolError where the file cannot be written, or no frame was.
     """
 
     def __init__(self, path: Path, width: int, height: int, rate: Fraction, audio_from: Path | None = None):
@@ -78,14 +78,15 @@ class VideoWriter:
         return self
 
     def write(self, frame: Frame) -> None:
+        """A frame of another size, as of a camera that came back with one, is scaled to the video's."""
         height, width = frame.pixels.shape[:2]
-        if (width, height) != self._size:
-            raise ToolError(f"{self.path} has frames of {self._size[0]}x{self._size[1]}, not {width}x{height}")
         pixels = frame.pixels
         if height % 2 or width % 2:
             pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         picture = self._reformatter.reformat(
             av.VideoFrame.from_ndarray(pixels, format="rgb24"),
+            width=self._stream.width,
+            height=self._stream.height,
             format="yuv420p",
             dst_colorspace=Colorspace.ITU709,
             dst_color_range=ColorRange.MPEG,
@@ -128,7 +129,9 @@ class VideoWriter:
             except BaseException:
                 self._stack.__exit__(*sys.exc_info())
                 raise
-        self._stack.__exit__(kind, error, trace)
+        # A full disk hinders the end too, and the first word on it counts.
+        with contextlib.suppress(av.FFmpegError) if kind is not None else contextlib.nullcontext():
+            self._stack.__exit__(kind, error, trace)
 
 
 class _Sound:

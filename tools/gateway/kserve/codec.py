@@ -307,7 +307,7 @@ def _from_contents(given: pb.ModelInferRequest.InferInputTensor) -> Tensor:
 def _parameter(name: str, value: pb.InferParameter) -> Any:
     kind = value.WhichOneof("parameter_choice")
     if kind is None:
-        raise invalid(f"parameter {name[:80]!r} has no value that is known here; send a boolean, int64 or string")
+        raise invalid(f"parameter {name[:80]!r} has no value that is known here; send a boolean, number or string")
     return getattr(value, kind)
 
 
