@@ -1,6 +1,7 @@
 """The client against a REST server of our own: what is tried again, the order of answers, what stays in memory."""
 
 import asyncio
+import gc
 import json
 import os
 import selectors
@@ -556,3 +557,12 @@ def test_an_address_that_is_none_is_refused():
         client.predict(b"x")
     with Client("http://nowhere", "m") as client, pytest.raises(ToolError, match="no single picture"):
         client.predict(Path(__file__).parent.parent / "archives" / "shapes" / "golden")
+
+
+def test_a_client_that_is_closed_leaves_no_task_behind(closed_url, caplog):
+    client = Client(closed_url, "dogs")
+    left = asyncio.run_coroutine_threadsafe(asyncio.sleep(60), client._loop)
+    client.close()
+    gc.collect()
+    assert left.cancelled()
+    assert caplog.text == ""

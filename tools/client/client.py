@@ -9,6 +9,7 @@ However many shots there are, only twice `concurrency` of them are in memory.
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ Result = TypeVar("Result")
 TIMEOUT_S = 30.0
 RETRIES = 3
 CONCURRENCY = 8
+ENDING_S = 2.0  # for what is under way when the client is closed
 
 
 class Asked(NamedTuple):
@@ -248,9 +250,19 @@ class Client:
             raise
 
     def _stop(self) -> None:
+        # A second interrupt comes while what the first one cancelled is at its end.
+        wait([asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop)], ENDING_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _cancel_all() -> None:
+    """Every task of this loop but this one."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _opened(url: str, model: str, settings: Mapping[str, Any]) -> AsyncClient:
