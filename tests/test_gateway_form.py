@@ -173,7 +173,7 @@ ONE = ("--backend", "http://h:1", "--models", "a")
     ("flags", "says"),
     [
         ((), "backends: missing"),
-        (("--no-auth", "--backend", "http://h:1"), "models: missing"),
+        (("--no-auth", "--backend", "http://h:1"), "with --models"),
         (ONE, "who may call"),
         ((*ONE, "--no-auth", "--keys-file", "k"), "in one way"),
         (("--no-auth", "--backend", "h:1", "--models", "a"), "must be an address"),

@@ -70,6 +70,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
     """Flags over the file; those of a backend replace every one of the file. Raises ToolError."""
     flags = {"url": args.backend, "token_file": args.token_file, "models": args.models}
     given = {name: value for name, value in flags.items() if value is not None}
+    if given and args.models is None:
+        raise ToolError("a backend needs the models that are offered here: name them with --models")
     if given:
         args.backends = [given]
     settings = settle(args, Settings, "gateway")

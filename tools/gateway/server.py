@@ -1,5 +1,6 @@
 """The gateway's uvicorn: tells its addresses once it listens, and in one line why it cannot."""
 
+import logging
 import socket
 import sys
 
@@ -32,6 +33,8 @@ def serve(app: ASGIApp, settings: Settings, port: int) -> None:
     lines = [f"{'https' if settings.tls_key else 'http'}://{settings.host}:{port}/docs"]
     if settings.grpc_port is not None:
         lines.insert(0, f"gRPC  {settings.host}:{settings.grpc_port}" + ", TLS" * bool(settings.tls_key))
+    # What hinders the start is told by who called.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: starting.failure is None)
     try:
         _Server(config, lines).run()
     except SystemExit:

@@ -9,6 +9,7 @@ stop:   no answer under way any more (drain) -> kill the processes -> remove the
 
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -328,7 +329,10 @@ class ModelServer(ABC, Generic[OutputT]):
         status = self._process.poll() if self._process else None
         if status is not None:
             how = f"was ended by signal {-status}" if status < 0 else f"ended with exit code {status}"
-            raise ToolError(f"{self.process_name} {how}: {self._running_output().last_error()}")
+            # Nobody tells of that signal: the last line is of something else.
+            killed = status == -signal.SIGKILL
+            why = "by somebody, or by the system for want of memory" if killed else self._running_output().last_error()
+            raise ToolError(f"{self.process_name} {how}: {why}")
 
     def _running_output(self) -> OutputT:
         if self._output is None:
