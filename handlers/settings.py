@@ -29,16 +29,18 @@ ANSWER_VARIABLE = "MARINA_MAX_ANSWER_BYTES"
 CAPTURE_VARIABLE = "MARINA_CAPTURE_TO"
 # Pillow refuses to decode more (twice PIL.Image.MAX_IMAGE_PIXELS).
 MOST_PIXELS = 178_956_970
+MOST_SHOWN = 200  # characters of a value in a message
 
 
 def shown(value: Any) -> str:
-    """For a message. What a request or an archive gives may be of any length and depth."""
+    """For a message. What a request or an archive gives may be of any length, width and depth."""
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = 80
     try:
-        return brief.repr(value)
+        text = brief.repr(value)
     except ValueError:  # Python writes no number of more than 4300 digits
         return "a number of very many digits"
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "…"
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -86,6 +86,13 @@ def test_a_class_named_score_has_no_place_in_format_torchserve():
     assert parse_options({"format": "detections"}, DEFAULTS, ["score"]).format == "detections"
 
 
+def test_a_value_of_many_parts_is_shown_in_part():
+    wide = {name: {part: ["\U000f2da7" * 20] * 3 for part in "abcd"} for name in "abcd"}
+    with pytest.raises(InvalidOption) as caught:
+        parse(score_threshold=wide)
+    assert_one_line(caught.value)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
