@@ -78,15 +78,13 @@ class VideoWriter:
         return self
 
     def write(self, frame: Frame) -> None:
-        """A frame of another size, as of a camera that came back with one, is scaled to the video's."""
+        """PyAV scales a frame of another size to the video's, as of a camera that came back with one."""
         height, width = frame.pixels.shape[:2]
         pixels = frame.pixels
         if height % 2 or width % 2:
             pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         picture = self._reformatter.reformat(
             av.VideoFrame.from_ndarray(pixels, format="rgb24"),
-            width=self._stream.width,
-            height=self._stream.height,
             format="yuv420p",
             dst_colorspace=Colorspace.ITU709,
             dst_color_range=ColorRange.MPEG,
